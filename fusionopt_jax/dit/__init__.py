@@ -1,0 +1,28 @@
+"""A diffusion transformer in Flax whose modulators are computed once per schedule.
+
+Needs the extra `dit`: ``pip install "fusionopt-jax[dit]"``.
+"""
+
+try:
+    import flax as _flax
+except ImportError as error:
+    raise ImportError(
+        "fusionopt_jax.dit needs Flax, which is not installed; install the extra `dit`: "
+        'pip install "fusionopt-jax[dit]".'
+    ) from error
+
+from fusionopt_jax.dit.config import CONFIGS, DiTConfig
+from fusionopt_jax.dit.model import DiT, apply, init_params
+from fusionopt_jax.dit.modulation import CachedModulation, Modulation
+
+del _flax
+
+__all__ = [
+    "CONFIGS",
+    "CachedModulation",
+    "DiT",
+    "DiTConfig",
+    "Modulation",
+    "apply",
+    "init_params",
+]

@@ -1,0 +1,129 @@
+"""The transformer block and the final layer, as parameters and as functions of them."""
+
+from typing import Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from fusionopt_jax._types import Params
+from fusionopt_jax.dit.config import DiTConfig
+from fusionopt_jax.dit.layers import layer_norm, linear
+from fusionopt_jax.dit.modulation import (
+    BLOCK_PARTS,
+    FINAL_PARTS,
+    Modulation,
+    modulate,
+)
+
+AttentionKernel: TypeAlias = Literal["xla", "cudnn"] | None
+"""Which implementation `jax.nn.dot_product_attention` uses; None lets it choose."""
+
+
+def _zeros(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
+    """A linear map that starts at zero, so that a block starts as the identity."""
+    zeros = nnx.initializers.zeros
+    return nnx.Linear(inputs, outputs, kernel_init=zeros, rngs=rngs)
+
+
+def _xavier(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
+    """A linear map with the published start: Xavier-uniform kernel, zero bias."""
+    xavier = nnx.initializers.xavier_uniform()
+    return nnx.Linear(inputs, outputs, kernel_init=xavier, rngs=rngs)
+
+
+class Attention(nnx.Module):
+    """Parameters of self-attention: one fused map to q, k, v, and one back."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs) -> None:
+        width = config.hidden_size
+        # One kernel of width 3D: three separate ones would start with a larger spread.
+        self.qkv = _xavier(width, 3 * width, rngs)
+        self.proj = _xavier(width, width, rngs)
+
+
+class Mlp(nnx.Module):
+    """Parameters of the two-layer MLP of a block."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs) -> None:
+        self.fc1 = _xavier(config.hidden_size, config.mlp_size, rngs)
+        self.fc2 = _xavier(config.mlp_size, config.hidden_size, rngs)
+
+
+class Block(nnx.Module):
+    """Parameters of one block."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs) -> None:
+        width = config.hidden_size
+        self.attn = Attention(config, rngs=rngs)
+        self.mlp = Mlp(config, rngs=rngs)
+        self.adaLN_modulation = _zeros(width, BLOCK_PARTS * width, rngs)
+
+
+class FinalLayer(nnx.Module):
+    """Parameters of the map from tokens to patches."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs) -> None:
+        width = config.hidden_size
+        patch_values = config.patch_size**2 * config.out_channels
+        self.linear = _zeros(width, patch_values, rngs)
+        self.adaLN_modulation = _zeros(width, FINAL_PARTS * width, rngs)
+
+
+def attend(
+    params: Params,
+    tokens: Float[Array, "b tokens d"],
+    num_heads: int,
+    dtype: DTypeLike = jnp.float32,
+    attention: AttentionKernel = None,
+) -> Float[Array, "b tokens d"]:
+    """Multi-head self-attention over the tokens of each image."""
+    batch, count, width = tokens.shape
+    fused = linear(params["qkv"], tokens, dtype).astype(dtype)
+    # Published layout of the fused output: (3, heads, head width).
+    fused = fused.reshape(batch, count, 3, num_heads, width // num_heads)
+    mixed = jax.nn.dot_product_attention(
+        fused[:, :, 0], fused[:, :, 1], fused[:, :, 2], implementation=attention
+    )
+    return linear(params["proj"], mixed.reshape(batch, count, width), dtype)
+
+
+def mlp(
+    params: Params, tokens: Float[Array, "b tokens d"], dtype: DTypeLike = jnp.float32
+) -> Float[Array, "b tokens d"]:
+    """Two linear maps with the tanh form of GELU between them."""
+    hidden = linear(params["fc1"], tokens, dtype)
+    return linear(params["fc2"], jax.nn.gelu(hidden, approximate=True), dtype)
+
+
+def block(
+    params: Params,
+    tokens: Float[Array, "b tokens d"],
+    attention_modulation: Modulation,
+    mlp_modulation: Modulation,
+    *,
+    num_heads: int,
+    dtype: DTypeLike = jnp.float32,
+    attention: AttentionKernel = None,
+) -> Float[Array, "b tokens d"]:
+    """One adaLN-Zero block: two gated branches on an fp32 residual stream."""
+    shift, scale, gate = attention_modulation
+    branch = modulate(layer_norm(tokens), shift, scale)
+    branch = attend(params["attn"], branch, num_heads, dtype, attention)
+    tokens = tokens + gate[:, None, :] * branch
+    shift, scale, gate = mlp_modulation
+    branch = mlp(params["mlp"], modulate(layer_norm(tokens), shift, scale), dtype)
+    return tokens + gate[:, None, :] * branch
+
+
+def final_layer(
+    params: Params,
+    tokens: Float[Array, "b tokens d"],
+    shift: Float[Array, "b d"],
+    scale: Float[Array, "b d"],
+    dtype: DTypeLike = jnp.float32,
+) -> Float[Array, "b tokens values"]:
+    """Tokens to patches."""
+    return linear(params["linear"], modulate(layer_norm(tokens), shift, scale), dtype)

@@ -1,0 +1,32 @@
+"""The two operations that every part of the network shares."""
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from fusionopt_jax._types import Params
+
+LAYER_NORM_EPS = 1e-6
+"""Added to the variance; the published constant."""
+
+
+def linear(
+    params: Params, inputs: Float[Array, "*batch m"], dtype: DTypeLike = jnp.float32
+) -> Float[Array, "*batch n"]:
+    """Inputs times `kernel` plus `bias`: operands in `dtype`, sums and result in fp32."""
+    product = jnp.matmul(
+        inputs.astype(dtype),
+        params["kernel"].astype(dtype),
+        preferred_element_type=jnp.float32,
+    )
+    bias = params["bias"].astype(jnp.float32)
+    return product + bias.reshape((1,) * (product.ndim - 1) + bias.shape)
+
+
+def layer_norm(tokens: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+    """Zero mean and unit variance over the width, in fp32 and without a scale."""
+    tokens = tokens.astype(jnp.float32)
+    # E[x^2] - E[x]^2 is one pass less, but cancels in fp32 where the mean is large.
+    centred = tokens - jnp.mean(tokens, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    return centred / jnp.sqrt(variance + LAYER_NORM_EPS)

@@ -1,0 +1,329 @@
+"""The diffusion transformer: an NNX module that holds it, a pure function that runs it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from fusionopt_jax._checks import check_integer, shape_text
+from fusionopt_jax._types import Params
+from fusionopt_jax.dit.blocks import (
+    AttentionKernel,
+    Block,
+    FinalLayer,
+    block,
+    final_layer,
+)
+from fusionopt_jax.dit.config import DiTConfig
+from fusionopt_jax.dit.embeddings import (
+    LabelEmbedder,
+    PatchEmbedder,
+    TimeEmbedder,
+    embed_patches,
+    unpatchify,
+)
+from fusionopt_jax.dit.modulation import (
+    CachedModulation,
+    block_parts,
+    conditioning,
+    final_parts,
+    split_block,
+    split_final,
+    take_rows,
+)
+
+
+class DiT(nnx.Module):
+    """A diffusion transformer whose blocks lie stacked along a leading depth axis.
+
+    The module owns the parameters; :func:`apply` is the network. Calling the module is
+    `apply` on its own parameters. The position embedding is a constant and no parameter,
+    so neither weight decay nor an average can touch it.
+
+    Args:
+        config: The sizes.
+        rngs: Source of the initial parameters, such as `nnx.Rngs(0)`.
+
+    Example:
+        >>> config = DiTConfig(input_size=8, hidden_size=32, depth=2, num_heads=4)
+        >>> model = DiT(config, rngs=nnx.Rngs(0))
+        >>> images, labels = jnp.ones((1, 8, 8, 4)), jnp.array([3])
+        >>> model(images, jnp.array([17.0]), labels).shape
+        (1, 8, 8, 8)
+
+    Source: Peebles and Xie (arXiv 2212.09748), adaLN-Zero. The start is the published
+    one: Xavier-uniform kernels, N(0, 0.02) for the time MLP and the label table, zeros
+    for every modulator and for the last map, so that the output starts at exactly 0.
+    """
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.x_embedder = PatchEmbedder(config, rngs=rngs)
+        self.t_embedder = TimeEmbedder(config, rngs=rngs)
+        self.y_embedder = LabelEmbedder(config, rngs=rngs)
+
+        @nnx.split_rngs(splits=config.depth)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def stacked_blocks(rngs: nnx.Rngs) -> Block:
+            return Block(config, rngs=rngs)
+
+        self.blocks = stacked_blocks(rngs)
+        self.final_layer = FinalLayer(config, rngs=rngs)
+
+    def __call__(
+        self,
+        images: Float[Array, "b h w c"],
+        times: Float[Array, "b"] | None,
+        labels: Int[Array, "b"] | None,
+        **options: Any,
+    ) -> Float[Array, "b h w c_out"]:
+        """Run the network on its own parameters; see :func:`apply`."""
+        params = nnx.state(self, nnx.Param)
+        return apply(params, self.config, images, times, labels, **options)
+
+
+def init_params(config: DiTConfig, seed: int = 0) -> Params:
+    """Fresh parameters as a nested dict of arrays.
+
+    Args:
+        config: The sizes.
+        seed: Seed of the initial values, a non-negative integer.
+
+    Returns:
+        A dict of fp32 arrays; kernels are `(in, out)`, those of the blocks
+        `(depth, in, out)`.
+
+    Raises:
+        ValueError: If `seed` is negative.
+
+    Example:
+        >>> config = DiTConfig(input_size=8, hidden_size=32, depth=2, num_heads=4)
+        >>> init_params(config)["blocks"]["attn"]["qkv"]["kernel"].shape
+        (2, 32, 96)
+
+    Source: the start of :class:`DiT`.
+    """
+    check_integer("seed", seed, low=0)
+    return as_dict(nnx.state(DiT(config, rngs=nnx.Rngs(seed)), nnx.Param))
+
+
+def as_dict(params: Params) -> Params:
+    """Parameters as a nested dict: an `nnx.State` is converted, a dict passes."""
+    if isinstance(params, nnx.State):
+        return nnx.to_pure_dict(params)
+    if not isinstance(params, Mapping):
+        raise TypeError(
+            "`params` must be a nested dict or an nnx.State, got "
+            f"{type(params).__name__}; from a module, take "
+            "nnx.state(model, nnx.Param)."
+        )
+    return params
+
+
+def apply(
+    params: Params,
+    config: DiTConfig,
+    images: Any,
+    times: Any,
+    labels: Any,
+    *,
+    modulation: CachedModulation | None = None,
+    dtype: DTypeLike = jnp.float32,
+    unroll: bool = False,
+    remat: bool = False,
+    attention: AttentionKernel = None,
+) -> Float[Array, "b h w c_out"]:
+    r"""Run the network: what it predicts for noisy images at given times and labels.
+
+    Each block adds two gated branches,
+    :math:`x \leftarrow x + g_i \odot f_i(\mathrm{norm}(x) \odot (1 + s_i) + b_i)`, where
+    shift :math:`b_i`, scale :math:`s_i` and gate :math:`g_i` are linear in
+    :math:`\mathrm{SiLU}(\mathrm{emb}(t) + \mathrm{emb}(y))` with t in `times` and y in
+    `labels`, or are read from `modulation`.
+
+    It is deterministic: dropping labels is a matter of the training objective.
+
+    Args:
+        params: Parameters as :func:`init_params` returns them, or an `nnx.State`. With
+            `modulation` they may lack the modulators
+            (:func:`~fusionopt_jax.dit.strip_modulators`).
+        config: The sizes; static under `jax.jit`.
+        images: `[batch, input_size, input_size, in_channels]`, floating point.
+        times: `[batch]`, floating point: 0 to 999 for diffusion models, 1000 t for flow
+            models. Unused, and may be None, if `modulation` is given.
+        labels: `[batch]` integers in [0, config.num_labels). While tracing their values
+            can't be checked: an unknown label then gives NaN. Unused with `modulation`.
+        modulation: One step of a cache. None computes it from `times` and `labels`.
+        dtype: Type of the operands of the large products. fp32 by default; bfloat16 for
+            speed on accelerators. Sums, normalisation, conditioning and the residual
+            stream stay fp32 in either case.
+        unroll: Write the blocks out instead of looping over them: a larger program and a
+            longer compilation, which can pay for low latency.
+        remat: Recompute each block in the backward pass instead of keeping what is in
+            it; saves memory for a third more time.
+        attention: Implementation that `jax.nn.dot_product_attention` uses.
+
+    Returns:
+        `[batch, input_size, input_size, config.out_channels]` in fp32; with
+        `learn_sigma` the second half of the channels is the variance logit.
+
+    Raises:
+        ValueError: If shapes do not match the config or each other, if a label is out of
+            range, or if `params` lack something that is needed.
+        TypeError: If `labels` are not integers or `images` are not floating point.
+
+    Example:
+        >>> config = DiTConfig(input_size=8, hidden_size=32, depth=2, num_heads=4)
+        >>> params = init_params(config)
+        >>> images, labels = jnp.ones((2, 8, 8, 4)), jnp.array([3, config.null_label])
+        >>> out = apply(params, config, images, jnp.array([999.0, 17.5]), labels)
+        >>> out.shape, float(abs(out).max())  # the last map starts at zero
+        ((2, 8, 8, 8), 0.0)
+
+    Source: Peebles and Xie (arXiv 2212.09748), figure 3. Tokens, fused weights and
+    constants follow the published PyTorch model; its outputs are reproduced to 5e-5.
+    """
+    params = as_dict(params)
+    images = jnp.asarray(images)
+    _check_images(config, images)
+    batch = images.shape[0]
+    if modulation is None:
+        times, labels = _check_conditioning(config, batch, times, labels)
+        _check_modulators(params)
+        cond = conditioning(params, config, times, labels)
+    else:
+        _check_modulation(config, batch, modulation)
+        cond = None
+
+    def run_block(
+        tokens: Float[Array, "b tokens d"], layer: tuple[Params, Any]
+    ) -> tuple[Float[Array, "b tokens d"], None]:
+        """One block; `layer` holds its parameters and its slice of the cache."""
+        layer_params, cached = layer
+        if modulation is None:
+            parts = block_parts(layer_params["adaLN_modulation"], cond)
+        else:
+            # Gathered here and not before the loop: [depth, batch, 6, D] at once would
+            # be the largest array of the program.
+            parts = take_rows(cached, modulation.rows)
+        tokens = block(
+            layer_params,
+            tokens,
+            *split_block(parts),
+            num_heads=config.num_heads,
+            dtype=dtype,
+            attention=attention,
+        )
+        return tokens, None
+
+    step = jax.checkpoint(run_block, prevent_cse=unroll) if remat else run_block
+    block_params = dict(params["blocks"])
+    if modulation is not None:
+        block_params.pop("adaLN_modulation", None)
+    layers = (block_params, None if modulation is None else modulation.block)
+    tokens = embed_patches(params["x_embedder"], config, images, dtype)
+    if unroll:
+        for index in range(config.depth):
+            tokens, _ = step(
+                tokens, jax.tree.map(lambda leaf, i=index: leaf[i], layers)
+            )
+    else:
+        tokens, _ = jax.lax.scan(step, tokens, layers)
+
+    if modulation is None:
+        parts = final_parts(params["final_layer"]["adaLN_modulation"], cond)
+    else:
+        parts = take_rows(modulation.final, modulation.rows)
+    patches = final_layer(params["final_layer"], tokens, *split_final(parts), dtype)
+    return unpatchify(patches, config.patch_size)
+
+
+def _check_images(config: DiTConfig, images: Array) -> None:
+    """Require floating-point images of the size that the config asks for."""
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise TypeError(
+            f"`images` must be floating point, got {shape_text(images)}; scale them to "
+            "about [-1, 1] first."
+        )
+    expected = (config.input_size, config.input_size, config.in_channels)
+    if images.ndim != 4 or images.shape[1:] != expected:
+        raise ValueError(
+            f"`images` must have shape [batch, {expected[0]}, {expected[1]}, "
+            f"{expected[2]}] (batch, height, width, channels), got {shape_text(images)}; "
+            "channels come last here, unlike in PyTorch."
+        )
+
+
+def _check_conditioning(
+    config: DiTConfig, batch: int, times: Any, labels: Any
+) -> tuple[Array, Array]:
+    """Require one time and one known label per image."""
+    if times is None or labels is None:
+        raise ValueError(
+            "`times` and `labels` are needed unless `modulation` is given."
+        )
+    times, labels = jnp.asarray(times), jnp.asarray(labels)
+    for name, value in (("times", times), ("labels", labels)):
+        if value.shape != (batch,):
+            raise ValueError(
+                f"`{name}` must have shape [{batch}], one per image, got "
+                f"{shape_text(value)}."
+            )
+    check_labels(config, labels)
+    return times.astype(jnp.float32), labels
+
+
+def check_labels(config: DiTConfig, labels: Array | np.ndarray) -> None:
+    """Require integer labels that the model knows; traced values pass unseen."""
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"`labels` must be integers, got {labels.dtype}.")
+    if isinstance(labels, jax.core.Tracer):
+        return
+    values = np.asarray(labels)
+    wrong = np.unique(values[(values < 0) | (values >= config.num_labels)])
+    if wrong.size:
+        shown = ", ".join(str(value) for value in wrong[:5])
+        null = (
+            f"; {config.null_label} is the null label" if config.has_null_label else ""
+        )
+        raise ValueError(
+            f"`labels` must lie in [0, {config.num_labels - 1}] for "
+            f"num_classes={config.num_classes}{null}; got {shown}."
+        )
+
+
+def _check_modulators(params: Params) -> None:
+    """Require the weights that compute the modulation."""
+    for part in ("blocks", "final_layer"):
+        if "kernel" not in params[part].get("adaLN_modulation", {}):
+            raise ValueError(
+                f"`params` have no {part}/adaLN_modulation/kernel, so the modulation "
+                "can't be computed: pass `modulation` (one step of a cache), or the full "
+                "parameters."
+            )
+
+
+def _check_modulation(
+    config: DiTConfig, batch: int, modulation: CachedModulation
+) -> None:
+    """Require a cache step that belongs to a model of these sizes and this batch."""
+    width, block_shape = config.hidden_size, modulation.block.shape
+    rows = block_shape[1] if len(block_shape) == 4 else -1
+    expected = {
+        "block": (config.depth, rows, 6, width),
+        "final": (rows, 2, width),
+        "rows": (batch,),
+    }
+    for name, shape in expected.items():
+        got = getattr(modulation, name)
+        if got.shape != shape:
+            raise ValueError(
+                f"`modulation.{name}` is {shape_text(got)}, which does not fit this "
+                "config and batch; take one step of a cache that was built with this "
+                "config, and one row per image."
+            )

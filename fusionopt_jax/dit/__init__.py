@@ -7,10 +7,20 @@ try:
     import flax as _flax
 except ImportError as error:
     raise ImportError(
-        "fusionopt_jax.dit needs Flax, which is not installed; install the extra `dit`: "
-        'pip install "fusionopt-jax[dit]".'
+        "fusionopt_jax.dit needs Flax, which is not installed; install the extra "
+        '`dit`: pip install "fusionopt-jax[dit]".'
     ) from error
 
+from fusionopt_jax.dit.cache import (
+    StaleCacheError,
+    TimeConditioningCache,
+    build_cache,
+    cache_bytes,
+    distinct_labels,
+    modulator_bytes,
+    strip_modulators,
+)
+from fusionopt_jax.dit.cache_use import cache_rows, check_cache, step_modulation
 from fusionopt_jax.dit.config import CONFIGS, DiTConfig
 from fusionopt_jax.dit.model import DiT, apply, init_params
 from fusionopt_jax.dit.modulation import CachedModulation, Modulation
@@ -23,6 +33,16 @@ __all__ = [
     "DiT",
     "DiTConfig",
     "Modulation",
+    "StaleCacheError",
+    "TimeConditioningCache",
     "apply",
+    "build_cache",
+    "cache_bytes",
+    "cache_rows",
+    "check_cache",
+    "distinct_labels",
     "init_params",
+    "modulator_bytes",
+    "step_modulation",
+    "strip_modulators",
 ]

@@ -1,4 +1,4 @@
-"""The sizes of a diffusion transformer, checked once, and the published ones by name."""
+"""The sizes of a diffusion transformer, checked once, and the published ones."""
 
 import dataclasses
 
@@ -126,7 +126,7 @@ class DiTConfig:
 
     @property
     def has_null_label(self) -> bool:
-        """Whether the model was trained with dropped labels, so that it can be guided."""
+        """Whether the model was trained with dropped labels, so can be guided."""
         return self.class_dropout_prob > 0
 
     @property

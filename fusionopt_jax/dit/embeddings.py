@@ -120,7 +120,7 @@ def embed_times(
 
 
 def embed_labels(params: Params, labels: Int[Array, "n"]) -> Float[Array, "n d"]:
-    """The conditioning vector of each label, in fp32; NaN where there is no such label."""
+    """The conditioning vector of each label, in fp32; NaN for an unknown one."""
     table = params["embedding_table"].astype(jnp.float32)
     # Negative labels would wrap around to real classes, so send them out of range too.
     labels = jnp.where(labels < 0, table.shape[0], labels)

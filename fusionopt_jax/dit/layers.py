@@ -13,7 +13,7 @@ LAYER_NORM_EPS = 1e-6
 def linear(
     params: Params, inputs: Float[Array, "*batch m"], dtype: DTypeLike = jnp.float32
 ) -> Float[Array, "*batch n"]:
-    """Inputs times `kernel` plus `bias`: operands in `dtype`, sums and result in fp32."""
+    """Inputs times `kernel` plus `bias`: operands in `dtype`, result in fp32."""
     product = jnp.matmul(
         inputs.astype(dtype),
         params["kernel"].astype(dtype),

@@ -1,4 +1,4 @@
-"""The diffusion transformer: an NNX module that holds it, a pure function that runs it."""
+"""The diffusion transformer: an NNX module to hold it, a pure function to run it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -42,8 +42,8 @@ class DiT(nnx.Module):
     """A diffusion transformer whose blocks lie stacked along a leading depth axis.
 
     The module owns the parameters; :func:`apply` is the network. Calling the module is
-    `apply` on its own parameters. The position embedding is a constant and no parameter,
-    so neither weight decay nor an average can touch it.
+    `apply` on its own parameters. The position embedding is a constant, no parameter:
+    neither weight decay nor an average can touch it.
 
     Args:
         config: The sizes.
@@ -141,7 +141,7 @@ def apply(
     r"""Run the network: what it predicts for noisy images at given times and labels.
 
     Each block adds two gated branches,
-    :math:`x \leftarrow x + g_i \odot f_i(\mathrm{norm}(x) \odot (1 + s_i) + b_i)`, where
+    :math:`x \leftarrow x + g_i \odot f_i(\mathrm{norm}(x) \odot (1 + s_i) + b_i)`; the
     shift :math:`b_i`, scale :math:`s_i` and gate :math:`g_i` are linear in
     :math:`\mathrm{SiLU}(\mathrm{emb}(t) + \mathrm{emb}(y))` with t in `times` and y in
     `labels`, or are read from `modulation`.
@@ -162,8 +162,8 @@ def apply(
         dtype: Type of the operands of the large products. fp32 by default; bfloat16 for
             speed on accelerators. Sums, normalisation, conditioning and the residual
             stream stay fp32 in either case.
-        unroll: Write the blocks out instead of looping over them: a larger program and a
-            longer compilation, which can pay for low latency.
+        unroll: Write the blocks out instead of looping over them: a larger program and
+            a longer compilation, which can pay for low latency.
         remat: Recompute each block in the backward pass instead of keeping what is in
             it; saves memory for a third more time.
         attention: Implementation that `jax.nn.dot_product_attention` uses.
@@ -173,8 +173,8 @@ def apply(
         `learn_sigma` the second half of the channels is the variance logit.
 
     Raises:
-        ValueError: If shapes do not match the config or each other, if a label is out of
-            range, or if `params` lack something that is needed.
+        ValueError: If shapes do not match the config or each other, if a label is out
+            of range, or if `params` lack something that is needed.
         TypeError: If `labels` are not integers or `images` are not floating point.
 
     Example:
@@ -254,8 +254,8 @@ def _check_images(config: DiTConfig, images: Array) -> None:
     if images.ndim != 4 or images.shape[1:] != expected:
         raise ValueError(
             f"`images` must have shape [batch, {expected[0]}, {expected[1]}, "
-            f"{expected[2]}] (batch, height, width, channels), got {shape_text(images)}; "
-            "channels come last here, unlike in PyTorch."
+            f"{expected[2]}] (batch, height, width, channels), got "
+            f"{shape_text(images)}; channels come last here, unlike in PyTorch."
         )
 
 
@@ -303,8 +303,8 @@ def _check_modulators(params: Params) -> None:
         if "kernel" not in params[part].get("adaLN_modulation", {}):
             raise ValueError(
                 f"`params` have no {part}/adaLN_modulation/kernel, so the modulation "
-                "can't be computed: pass `modulation` (one step of a cache), or the full "
-                "parameters."
+                "can't be computed: pass `modulation` (one step of a cache), or the "
+                "full parameters."
             )
 
 

@@ -1,0 +1,196 @@
+"""Reading a cache: which row a label has, one step of it, and whether it fits at all."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from fusionopt_jax._types import Params
+from fusionopt_jax.dit.cache import (
+    StaleCacheError,
+    TimeConditioningCache,
+    schedule_times,
+)
+from fusionopt_jax.dit.config import DiTConfig
+from fusionopt_jax.dit.fingerprint import differing_parts, fingerprint
+from fusionopt_jax.dit.model import as_dict
+from fusionopt_jax.dit.modulation import CachedModulation
+
+
+def cache_rows(cache: TimeConditioningCache, labels: Any) -> Int[Array, "b"]:
+    """The row of the cache that each label uses.
+
+    Args:
+        cache: The cache.
+        labels: `[batch]` integers.
+
+    Returns:
+        `[batch]` int32. While `jax.jit` traces, labels that the cache lacks can't be an
+        error: they get a row beyond the table, for which `apply` returns NaN.
+
+    Raises:
+        StaleCacheError: If the cache lacks a label.
+
+    Example:
+        >>> from fusionopt_jax.dit import build_cache, init_params
+        >>> config = DiTConfig(input_size=8, hidden_size=32, depth=2, num_heads=4)
+        >>> cache = build_cache(init_params(config), config, [999.0], [207, 360])
+        >>> cache_rows(cache, jnp.array([360, 1000, 207])).tolist()
+        [1, 2, 0]
+    """
+    if not isinstance(labels, jax.core.Tracer) and not isinstance(
+        cache.labels, jax.core.Tracer
+    ):
+        _check_cached_labels(cache, np.asarray(labels))
+    labels = jnp.asarray(labels).astype(jnp.int32)
+    matches = labels[:, None] == cache.labels[None, :]
+    beyond = jnp.int32(cache.labels.shape[0])
+    first = jnp.argmax(matches, axis=1).astype(jnp.int32)
+    return jnp.where(jnp.any(matches, axis=1), first, beyond)
+
+
+def step_modulation(
+    cache: TimeConditioningCache, step: int, labels: Any
+) -> CachedModulation:
+    """What `apply` takes as `modulation` at one step, for sampling by hand.
+
+    Args:
+        cache: The cache.
+        step: Index into `cache.times`; negative ones count from the end.
+        labels: `[batch]` integers.
+
+    Returns:
+        The tables of that step with the row of each label.
+
+    Raises:
+        IndexError: If there is no such step.
+        StaleCacheError: If the cache lacks a label.
+
+    Example:
+        >>> from fusionopt_jax.dit import apply, build_cache, init_params
+        >>> config = DiTConfig(input_size=8, hidden_size=32, depth=2, num_heads=4)
+        >>> params, labels = init_params(config), jnp.array([360])
+        >>> cache = build_cache(params, config, [999.0], labels)
+        >>> modulation = step_modulation(cache, 0, labels)
+        >>> images = jnp.ones((1, 8, 8, 4))
+        >>> apply(params, config, images, None, None, modulation=modulation).shape
+        (1, 8, 8, 8)
+    """
+    steps = cache.times.shape[0]
+    if not -steps <= step < steps:
+        raise IndexError(f"`step` must lie in [{-steps}, {steps - 1}], got {step}.")
+    return CachedModulation(
+        cache.block[step], cache.final[step], cache_rows(cache, labels)
+    )
+
+
+def check_cache(
+    cache: TimeConditioningCache,
+    params: Params,
+    config: DiTConfig,
+    *,
+    times: Any = None,
+    labels: Any = None,
+    dtype: DTypeLike | None = None,
+) -> None:
+    """Refuse a cache that was made from something else than what is in use.
+
+    The weights are compared by digests of their bits: the time and label embedders and
+    all modulators. After `strip_modulators` the digests that it left are compared.
+    Digests of device arrays are remembered, so checking again costs nothing.
+
+    Args:
+        cache: The cache.
+        params: The parameters in use, full or stripped.
+        config: The config in use.
+        times: The times that will be asked for; None does not compare them. A trailing
+            entry for time 0 in the cache (`include_zero_time`) is allowed.
+        labels: The labels that will be asked for; None does not compare them.
+        dtype: The type that the table should have; None accepts any.
+
+    Raises:
+        StaleCacheError: If anything differs. The message names what, and the remedy.
+        ValueError: If modulators are missing and no digest of them was left.
+
+    Example:
+        >>> from fusionopt_jax.dit import build_cache, init_params, strip_modulators
+        >>> config = DiTConfig(input_size=8, hidden_size=32, depth=2, num_heads=4)
+        >>> params = init_params(config, seed=0)
+        >>> cache = build_cache(params, config, [999.0], [207])
+        >>> check_cache(cache, strip_modulators(params), config, times=[999.0])
+        >>> try:
+        ...     check_cache(cache, init_params(config, seed=1), config)
+        ... except StaleCacheError as error:
+        ...     print(error)
+        the cache was built from other weights: t_embedder/fc1/kernel, ...
+    """
+    if cache.config != config:
+        names = [
+            f"{field.name} ({getattr(cache.config, field.name)} in the cache, "
+            f"{getattr(config, field.name)} in use)"
+            for field in dataclasses.fields(config)
+            if getattr(cache.config, field.name) != getattr(config, field.name)
+        ]
+        raise StaleCacheError(
+            f"the cache was built for another config: {', '.join(names)}; build it "
+            "again with `build_cache`."
+        )
+    if dtype is not None and cache.block.dtype != jnp.dtype(dtype):
+        raise StaleCacheError(
+            f"the cache holds {cache.block.dtype}, but {jnp.dtype(dtype)} was asked "
+            f"for; build it again with dtype={jnp.dtype(dtype).name!r}."
+        )
+    if times is not None:
+        _check_cached_times(cache, schedule_times(times))
+    if labels is not None:
+        _check_cached_labels(cache, np.asarray(labels))
+    changed = differing_parts(
+        np.asarray(cache.fingerprint), fingerprint(as_dict(params))
+    )
+    if changed:
+        raise StaleCacheError(
+            f"the cache was built from other weights: {', '.join(changed)} changed "
+            "since (training, an average of weights, a merged adapter and a cast all do "
+            "that); build it again with `build_cache` from the parameters in use."
+        )
+
+
+def _check_cached_times(
+    cache: TimeConditioningCache, wanted: Float[np.ndarray, "n"]
+) -> None:
+    """Require the same times bit by bit, but for a trailing zero."""
+    held = np.asarray(cache.times)
+    if np.array_equal(held, wanted):
+        return
+    if (
+        held.size == wanted.size + 1
+        and held[-1] == 0
+        and np.array_equal(held[:-1], wanted)
+    ):
+        return
+    if held.size != wanted.size:
+        detail = f"{held.size} steps in the cache, {wanted.size} in use"
+    else:
+        step = int(np.argmax(held != wanted))
+        detail = f"step {step} is {held[step]} in the cache, {wanted[step]} in use"
+    raise StaleCacheError(
+        f"the cache was built for other times ({detail}); build it again with "
+        "`sampler.eval_times()` of the sampler in use."
+    )
+
+
+def _check_cached_labels(
+    cache: TimeConditioningCache, wanted: Int[np.ndarray, "..."]
+) -> None:
+    """Require every label to have a row."""
+    missing = np.setdiff1d(wanted, np.asarray(cache.labels))
+    if missing.size:
+        shown = ", ".join(str(label) for label in missing[:5])
+        raise StaleCacheError(
+            f"the cache has no row for label {shown}; build it again with the labels "
+            "of this request."
+        )

@@ -1,0 +1,121 @@
+"""A short integer per weight array that changes whenever any bit of the array does.
+
+For element i with bits b_i the digest is, modulo 2^32, the sum over i of
+mix(b_i + seed * mix(i + seed)), with a mixing function that is a bijection of 32-bit
+words. So a change of one element changes the digest with certainty, and any other
+change escapes with a chance of about 2^-64 (two seeds). Integers add up exactly, in
+every order: the digest is the same on every device, sharded or not, and NaN is a bit
+pattern like any other.
+"""
+
+import functools
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Shaped, UInt32
+
+from fusionopt_jax._types import Params
+
+SEEDS = (0x9E3779B1, 0x85EBCA77)
+"""Two odd constants; with one, chance collisions of 2^-32 would be within reach."""
+
+PARTS: tuple[tuple[str, ...], ...] = (
+    ("t_embedder", "fc1", "kernel"),
+    ("t_embedder", "fc1", "bias"),
+    ("t_embedder", "fc2", "kernel"),
+    ("t_embedder", "fc2", "bias"),
+    ("y_embedder", "embedding_table"),
+    ("blocks", "adaLN_modulation", "kernel"),
+    ("blocks", "adaLN_modulation", "bias"),
+    ("final_layer", "adaLN_modulation", "kernel"),
+    ("final_layer", "adaLN_modulation", "bias"),
+)
+"""Every weight that a cache depends on; the row order of a fingerprint."""
+
+DIGEST = "fingerprint"
+"""Name under which stripped parameters keep the digests of what was taken out."""
+
+_known: dict[int, tuple[weakref.ref[Any], np.ndarray]] = {}
+
+
+def fingerprint(params: Params) -> UInt32[np.ndarray, "parts 2"]:
+    """Digests of the weights that feed a cache, one row for each entry of `PARTS`."""
+    rows = [_part_digest(params, path) for path in PARTS]
+    return np.stack([np.asarray(row) for row in rows])
+
+
+def differing_parts(
+    first: UInt32[np.ndarray, "parts 2"], second: UInt32[np.ndarray, "parts 2"]
+) -> list[str]:
+    """Names of the weights whose digests differ."""
+    differs = np.any(first != second, axis=1)
+    return ["/".join(path) for path, wrong in zip(PARTS, differs, strict=True) if wrong]
+
+
+def _part_digest(params: Params, path: tuple[str, ...]) -> Any:
+    """The digest of one weight, or the one that stripped parameters keep of it."""
+    node: Any = params
+    for key in path[:-1]:
+        node = node[key] if isinstance(node, Mapping) and key in node else {}
+    if path[-1] in node:
+        return array_digest(node[path[-1]])
+    if DIGEST in node:
+        return np.asarray(node[DIGEST])[("kernel", "bias").index(path[-1])]
+    raise ValueError(
+        f"`params` have neither {'/'.join(path)} nor a fingerprint of it, so no cache "
+        "can be checked against them; take modulators out with `strip_modulators`, "
+        "which leaves a fingerprint behind."
+    )
+
+
+def array_digest(array: Any) -> UInt32[np.ndarray, "2"]:
+    """The digest of one array; remembered for as long as a device array lives."""
+    if not isinstance(array, jax.Array):
+        return np.asarray(_digest(jnp.asarray(array)))
+    known = _known.get(id(array))
+    # A device array never changes, but its id can be given to another one later.
+    if known is not None and known[0]() is array:
+        return known[1]
+    digest = np.asarray(_digest(array))
+    key = id(array)
+    _known[key] = (weakref.ref(array, lambda _: _known.pop(key, None)), digest)
+    return digest
+
+
+@functools.partial(jax.jit)
+def _digest(array: Shaped[Array, "..."]) -> UInt32[Array, "2"]:
+    """Sum of mixed bits under both seeds."""
+    words = _as_words(array)
+    position = jnp.zeros(words.shape, jnp.uint32)
+    stride = 1
+    for axis in reversed(range(words.ndim)):
+        # Per axis instead of a flat index: reshaping would gather a sharded array.
+        index = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        position = position + index * jnp.uint32(stride % 2**32)
+        stride *= words.shape[axis]
+    kind = jnp.uint32(sum(str(array.dtype).encode()))
+    digests = []
+    for seed in SEEDS:
+        salted = words * jnp.uint32(seed) + _mix(position + jnp.uint32(seed) + kind)
+        digests.append(jnp.sum(_mix(salted), dtype=jnp.uint32))
+    return jnp.stack(digests)
+
+
+def _as_words(array: Shaped[Array, "..."]) -> UInt32[Array, "..."]:
+    """The bits of an array as 32-bit words."""
+    size = array.dtype.itemsize
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[size]
+    return jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
+
+
+def _mix(words: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """A bijection of words in which each bit moves about half of the result."""
+    words = words ^ (words >> 16)
+    words = words * jnp.uint32(0x7FEB352D)
+    words = words ^ (words >> 15)
+    words = words * jnp.uint32(0x846CA68B)
+    return words ^ (words >> 16)

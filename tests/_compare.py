@@ -1,0 +1,71 @@
+"""Assertions in the words of the domain: a failure says what broke and by how much."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+
+from tests import _golden
+
+
+def assert_within(actual, expected, tolerance, what=""):
+    """Largest absolute difference at most ``tolerance``, and everything finite."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape, f"{what}: {actual.shape} != {expected.shape}"
+    assert np.isfinite(actual).all(), f"{what}: not finite"
+    worst = float(np.max(np.abs(actual - expected), initial=0.0))
+    assert worst <= tolerance, (
+        f"{what}: differs by {worst:.3g}, allowed {tolerance:.3g}"
+    )
+
+
+def assert_trees_within(actual, expected, tolerance, what=""):
+    """Every leaf of one tree within ``tolerance`` of the same leaf of the other."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree_util.tree_map_with_path(
+        lambda path, a, e: assert_within(
+            a, e, tolerance, what + jax.tree_util.keystr(path)
+        ),
+        actual,
+        expected,
+    )
+
+
+def assert_trees_identical(actual, expected):
+    """Same structure, shapes, dtypes and bits."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for path, a in jax.tree_util.tree_leaves_with_path(actual):
+        e = dict(jax.tree_util.tree_leaves_with_path(expected))[path]
+        name = jax.tree_util.keystr(path)
+        assert np.asarray(a).dtype == np.asarray(e).dtype, name
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(e), err_msg=name)
+
+
+def assert_close_to_orthogonal(matrix, lowest, highest):
+    """All singular values of every matrix of a stack lie in [lowest, highest]."""
+    values = np.linalg.svd(np.asarray(matrix, np.float64), compute_uv=False)
+    assert values.min() >= lowest, f"smallest singular value {values.min():.4f}"
+    assert values.max() <= highest, f"largest singular value {values.max():.4f}"
+
+
+def assert_follows(
+    golden: _golden.Golden,
+    params_at: Callable[[int], Mapping],
+    *,
+    tolerance: float | None = None,
+    names=None,
+):
+    """The parameters after every step are the recorded ones.
+
+    The tolerance is the recording's own for each array (see ``Golden.tolerance``), or
+    one number for all of them.
+    """
+    for step in range(_golden.STEPS):
+        actual = params_at(step)
+        for name in names or golden.params0:
+            assert_within(
+                actual[name],
+                golden.params[name][step],
+                golden.tolerance(f"param/{name}") if tolerance is None else tolerance,
+                f"{golden.case} {name} after step {step}",
+            )

@@ -1,0 +1,121 @@
+"""The training step, the validation loss and the sampler, each one jitted function.
+
+Everything random is a function of the seed and the step: the order of the images, the
+times, the noise and the dropped labels. A resumed run therefore repeats, bit for bit,
+what an uninterrupted one would have done.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dit_training import optimizers
+from fusionopt_jax import dit
+
+VALIDATION_DRAWS = 8
+"""How often each held-out image meets a fixed time and a fixed noise."""
+
+
+class TrainState(NamedTuple):
+    """All that a checkpoint holds.
+
+    Attributes:
+        step: how many updates were made, int32.
+        params: the model's weights, where gradients are taken.
+        opt_state: the optimizer's state.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+def init_state(config: dit.DiTConfig, optimizer: str, seed: int) -> TrainState:
+    """Fresh weights; no optimizer's first state depends on its learning rate."""
+    params = dit.init_params(config, seed)
+    opt_state = optimizers.build(optimizer, 1.0, 1).init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+
+
+def make_train_step(
+    config: dit.DiTConfig, optimizer: str, steps: int, batch_size: int
+) -> Callable[..., tuple[TrainState, jax.Array, jax.Array]]:
+    """`(state, images, labels, seed, learning_rate) -> (state, loss, step size)`.
+
+    Seed and learning rate are arguments of the compiled function, so that a study of
+    several seeds and rates compiles once. The old state is donated.
+    """
+
+    @partial(jax.jit, donate_argnums=0)
+    def train_step(
+        state: TrainState,
+        images: jax.Array,
+        labels: jax.Array,
+        seed: jax.Array,
+        learning_rate: jax.Array,
+    ) -> tuple[TrainState, jax.Array, jax.Array]:
+        order_key, noise_key = jax.random.split(jax.random.key(seed))
+        rows = batch_rows(order_key, state.step, len(images), batch_size)
+        loss, gradients = jax.value_and_grad(dit.rectified_flow_loss)(
+            state.params,
+            config,
+            images[rows],
+            labels[rows],
+            jax.random.fold_in(noise_key, state.step),
+        )
+        tx = optimizers.build(optimizer, learning_rate, steps)
+        updates, opt_state = tx.update(
+            gradients, state.opt_state, state.params, value=loss
+        )
+        factor = optimizers.step_size(optimizer, steps, opt_state, state.step)
+        params = jax.tree.map(jnp.add, state.params, updates)
+        return TrainState(state.step + 1, params, opt_state), loss, factor
+
+    return train_step
+
+
+def batch_rows(
+    key: jax.Array, step: jax.Array, count: int, batch_size: int
+) -> jax.Array:
+    """Which images the step takes: each epoch is a fresh permutation of them all."""
+    per_epoch = max(count // batch_size, 1)
+    epoch, place = step // per_epoch, step % per_epoch
+    order = jax.random.permutation(jax.random.fold_in(key, epoch), count)
+    # A set smaller than one batch goes round again.
+    rows = place * batch_size + jnp.arange(batch_size)
+    return order[rows % count]
+
+
+def make_validation_loss(config: dit.DiTConfig) -> Callable[..., jax.Array]:
+    """`(params, images, labels) -> loss`, the same draws at every call of every run."""
+
+    @jax.jit
+    def validation_loss(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+        def one_draw(total: jax.Array, key: jax.Array) -> tuple[jax.Array, None]:
+            loss = dit.rectified_flow_loss(
+                params, config, images, labels, key, class_dropout_prob=0.0
+            )
+            return total + loss, None
+
+        keys = jax.random.split(jax.random.key(0), VALIDATION_DRAWS)
+        total, _ = jax.lax.scan(one_draw, jnp.zeros(()), keys)
+        return total / VALIDATION_DRAWS
+
+    return validation_loss
+
+
+@jax.jit
+def all_finite(tree: Any) -> jax.Array:
+    """Whether no number in a tree is NaN or infinite."""
+    return jnp.all(
+        jnp.stack(
+            [
+                jnp.all(jnp.isfinite(leaf))
+                for leaf in jax.tree.leaves(tree)
+                if jnp.issubdtype(leaf.dtype, jnp.inexact)
+            ]
+        )
+    )

@@ -24,6 +24,9 @@ from fusionopt_jax.dit.cache_use import cache_rows, check_cache, step_modulation
 from fusionopt_jax.dit.config import CONFIGS, DiTConfig
 from fusionopt_jax.dit.model import DiT, apply, init_params
 from fusionopt_jax.dit.modulation import CachedModulation, Modulation
+from fusionopt_jax.dit.objectives import rectified_flow_loss
+from fusionopt_jax.dit.samplers import Sampler, Samples
+from fusionopt_jax.dit.sampling import sample
 
 del _flax
 
@@ -33,6 +36,8 @@ __all__ = [
     "DiT",
     "DiTConfig",
     "Modulation",
+    "Sampler",
+    "Samples",
     "StaleCacheError",
     "TimeConditioningCache",
     "apply",
@@ -43,6 +48,8 @@ __all__ = [
     "distinct_labels",
     "init_params",
     "modulator_bytes",
+    "rectified_flow_loss",
+    "sample",
     "step_modulation",
     "strip_modulators",
 ]

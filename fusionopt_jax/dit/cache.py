@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt32
 
@@ -111,7 +112,7 @@ def distinct_labels(config: DiTConfig, labels: Any) -> Int[np.ndarray, "u"]:
         >>> distinct_labels(config, [7, 3, 3]).tolist()
         [3, 7, 10, 10]
     """
-    if isinstance(labels, jax.core.Tracer):
+    if isinstance(labels, Tracer):
         raise TypeError(
             "`labels` of a cache must be known outside `jax.jit`, since their number "
             "shapes the cache; build it before and pass it in."
@@ -280,7 +281,7 @@ def schedule_times(
     times: Any, *, include_zero_time: bool = False
 ) -> Float[np.ndarray, "s"]:
     """Times of a schedule as a float32 array on the host, in their order."""
-    if isinstance(times, jax.core.Tracer):
+    if isinstance(times, Tracer):
         raise TypeError(
             "`times` of a cache must be known outside `jax.jit`; build the cache "
             "before and pass it in."
@@ -305,7 +306,8 @@ def _check_size(
         return
     raise ValueError(
         f"a cache of {steps} steps x {labels} labels would take "
-        f"{size / 2**20:.0f} MiB, more than the {weights / 2**20:.0f} MiB of modulators that it replaces (the "
+        f"{size / 2**20:.0f} MiB, more than the {weights / 2**20:.0f} MiB of "
+        "modulators that it replaces (the "
         f"break-even is steps x labels = {config.hidden_size + 1} at equal dtype). "
         "Sample without a cache (cache=None), with fewer distinct labels or steps at a "
         "time, or pass force=True."

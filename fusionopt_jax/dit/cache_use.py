@@ -1,11 +1,11 @@
-"""Reading a cache: which row a label has, one step of it, and whether it fits at all."""
+"""Reading a cache: the row of a label, one step of it, and whether it fits at all."""
 
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -42,9 +42,7 @@ def cache_rows(cache: TimeConditioningCache, labels: Any) -> Int[Array, "b"]:
         >>> cache_rows(cache, jnp.array([360, 1000, 207])).tolist()
         [1, 2, 0]
     """
-    if not isinstance(labels, jax.core.Tracer) and not isinstance(
-        cache.labels, jax.core.Tracer
-    ):
+    if not isinstance(labels, Tracer) and not isinstance(cache.labels, Tracer):
         _check_cached_labels(cache, np.asarray(labels))
     labels = jnp.asarray(labels).astype(jnp.int32)
     matches = labels[:, None] == cache.labels[None, :]
@@ -154,8 +152,8 @@ def check_cache(
     if changed:
         raise StaleCacheError(
             f"the cache was built from other weights: {', '.join(changed)} changed "
-            "since (training, an average of weights, a merged adapter and a cast all do "
-            "that); build it again with `build_cache` from the parameters in use."
+            "since (training, an average of weights, a merged adapter and a cast all "
+            "do that); build it again with `build_cache` from the parameters in use."
         )
 
 

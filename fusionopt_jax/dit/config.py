@@ -141,16 +141,16 @@ class DiTConfig:
         return self.num_classes
 
 
-_WIDTHS = {
-    "S": {"hidden_size": 384, "depth": 12, "num_heads": 6},
-    "B": {"hidden_size": 768, "depth": 12, "num_heads": 12},
-    "L": {"hidden_size": 1024, "depth": 24, "num_heads": 16},
-    "XL": {"hidden_size": 1152, "depth": 28, "num_heads": 16},
+_PUBLISHED = {
+    "S": DiTConfig(hidden_size=384, depth=12, num_heads=6),
+    "B": DiTConfig(hidden_size=768, depth=12, num_heads=12),
+    "L": DiTConfig(hidden_size=1024, depth=24, num_heads=16),
+    "XL": DiTConfig(hidden_size=1152, depth=28, num_heads=16),
 }
 
 CONFIGS: dict[str, DiTConfig] = {
-    f"DiT-{name}/{patch_size}": DiTConfig(patch_size=patch_size, **widths)
-    for name, widths in _WIDTHS.items()
+    f"DiT-{name}/{patch_size}": dataclasses.replace(config, patch_size=patch_size)
+    for name, config in _PUBLISHED.items()
     for patch_size in (2, 4, 8)
 }
 """The twelve published models, "DiT-S/2" to "DiT-XL/8" (arXiv 2212.09748, table 1)."""

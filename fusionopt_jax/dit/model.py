@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -196,25 +197,37 @@ def apply(
         times, labels = _check_conditioning(config, batch, times, labels)
         _check_modulators(params)
         cond = conditioning(params, config, times, labels)
+        cached = None
+        final = final_parts(params["final_layer"]["adaLN_modulation"], cond)
+
+        def fresh_parts(layer: Params, _: None) -> Float[Array, "b 6 d"]:
+            """Computed from the block's own weights."""
+            return block_parts(layer["adaLN_modulation"], cond)
+
+        parts_of = fresh_parts
     else:
         _check_modulation(config, batch, modulation)
-        cond = None
+        cached = modulation.block
+        final = take_rows(modulation.final, modulation.rows)
+
+        def cached_parts(
+            _: Params, table: Float[Array, "u 6 d"]
+        ) -> Float[Array, "b 6 d"]:
+            """Read from the block's slice of the cache."""
+            # Gathered here and not before the loop: [depth, batch, 6, D] at once would
+            # be the largest array of the program.
+            return take_rows(table, modulation.rows)
+
+        parts_of = cached_parts
 
     def run_block(
         tokens: Float[Array, "b tokens d"], layer: tuple[Params, Any]
     ) -> tuple[Float[Array, "b tokens d"], None]:
         """One block; `layer` holds its parameters and its slice of the cache."""
-        layer_params, cached = layer
-        if modulation is None:
-            parts = block_parts(layer_params["adaLN_modulation"], cond)
-        else:
-            # Gathered here and not before the loop: [depth, batch, 6, D] at once would
-            # be the largest array of the program.
-            parts = take_rows(cached, modulation.rows)
         tokens = block(
-            layer_params,
+            layer[0],
             tokens,
-            *split_block(parts),
+            *split_block(parts_of(*layer)),
             num_heads=config.num_heads,
             dtype=dtype,
             attention=attention,
@@ -225,21 +238,15 @@ def apply(
     block_params = dict(params["blocks"])
     if modulation is not None:
         block_params.pop("adaLN_modulation", None)
-    layers = (block_params, None if modulation is None else modulation.block)
+    layers = (block_params, cached)
     tokens = embed_patches(params["x_embedder"], config, images, dtype)
     if unroll:
         for index in range(config.depth):
-            tokens, _ = step(
-                tokens, jax.tree.map(lambda leaf, i=index: leaf[i], layers)
-            )
+            layer = jax.tree.map(lambda leaf, i=index: leaf[i], layers)
+            tokens, _ = step(tokens, layer)
     else:
         tokens, _ = jax.lax.scan(step, tokens, layers)
-
-    if modulation is None:
-        parts = final_parts(params["final_layer"]["adaLN_modulation"], cond)
-    else:
-        parts = take_rows(modulation.final, modulation.rows)
-    patches = final_layer(params["final_layer"], tokens, *split_final(parts), dtype)
+    patches = final_layer(params["final_layer"], tokens, *split_final(final), dtype)
     return unpatchify(patches, config.patch_size)
 
 
@@ -282,7 +289,7 @@ def check_labels(config: DiTConfig, labels: Array | np.ndarray) -> None:
     """Require integer labels that the model knows; traced values pass unseen."""
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"`labels` must be integers, got {labels.dtype}.")
-    if isinstance(labels, jax.core.Tracer):
+    if isinstance(labels, Tracer):
         return
     values = np.asarray(labels)
     wrong = np.unique(values[(values < 0) | (values >= config.num_labels)])

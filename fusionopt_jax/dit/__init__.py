@@ -20,18 +20,29 @@ from fusionopt_jax.dit.cache import (
     modulator_bytes,
     strip_modulators,
 )
+from fusionopt_jax.dit.cache_store import (
+    CacheCounts,
+    cache_counts,
+    clear_cache_registry,
+    get_or_build_cache,
+    load_cache,
+    save_cache,
+)
 from fusionopt_jax.dit.cache_use import cache_rows, check_cache, step_modulation
 from fusionopt_jax.dit.config import CONFIGS, DiTConfig
+from fusionopt_jax.dit.guidance import apply_with_guidance
+from fusionopt_jax.dit.loops import Samples, run_sampler
 from fusionopt_jax.dit.model import DiT, apply, init_params
 from fusionopt_jax.dit.modulation import CachedModulation, Modulation
 from fusionopt_jax.dit.objectives import rectified_flow_loss
-from fusionopt_jax.dit.samplers import Sampler, Samples
+from fusionopt_jax.dit.samplers import Sampler
 from fusionopt_jax.dit.sampling import sample
 
 del _flax
 
 __all__ = [
     "CONFIGS",
+    "CacheCounts",
     "CachedModulation",
     "DiT",
     "DiTConfig",
@@ -41,15 +52,22 @@ __all__ = [
     "StaleCacheError",
     "TimeConditioningCache",
     "apply",
+    "apply_with_guidance",
     "build_cache",
     "cache_bytes",
+    "cache_counts",
     "cache_rows",
     "check_cache",
+    "clear_cache_registry",
     "distinct_labels",
+    "get_or_build_cache",
     "init_params",
+    "load_cache",
     "modulator_bytes",
     "rectified_flow_loss",
+    "run_sampler",
     "sample",
+    "save_cache",
     "step_modulation",
     "strip_modulators",
 ]

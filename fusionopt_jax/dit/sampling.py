@@ -24,9 +24,10 @@ from fusionopt_jax.dit import schedules
 from fusionopt_jax.dit.cache import TimeConditioningCache
 from fusionopt_jax.dit.cache_use import cache_rows, check_cache
 from fusionopt_jax.dit.config import DiTConfig
+from fusionopt_jax.dit.loops import Samples, run_sampler
 from fusionopt_jax.dit.model import apply, check_labels
 from fusionopt_jax.dit.modulation import CachedModulation
-from fusionopt_jax.dit.samplers import Sampler, Samples
+from fusionopt_jax.dit.samplers import Sampler
 
 ProgressCallback: TypeAlias = Callable[[int, int], Any]
 """Called with the number of finished steps and the number of all steps."""
@@ -242,7 +243,8 @@ def walk(
         """Tell the host that a step is done."""
         jax.debug.callback(_tell, ticket, index)
 
-    return sampler.run(
+    return run_sampler(
+        sampler,
         denoise,
         noise,
         conditions=steps,

@@ -48,7 +48,6 @@ __all__ = [
     "DiTConfig",
     "Modulation",
     "Sampler",
-    "Samples",
     "StaleCacheError",
     "TimeConditioningCache",
     "apply",

@@ -1,0 +1,213 @@
+r"""Newton–Schulz orthogonalisation of a stack of matrices, plain and in Gram form.
+
+One stack of matrices in, one out: no trees, no state, no Optax. Capital letters are the
+papers' symbols. Every stack is `(..., m, n)` with :math:`m \le n`, so that the Gram
+matrix :math:`XX^\top` is the small one.
+
+The quintic step (Jordan et al., *Muon*, 2024) maps each singular value :math:`\sigma`
+of :math:`X` to :math:`a\sigma + b\sigma^3 + c\sigma^5`:
+
+.. math::
+    R = XX^\top, \qquad X \leftarrow (aI + bR + cR^2)\,X .
+
+Since every such step multiplies :math:`X` from the left by a polynomial in the first
+:math:`R`, the steps can be taken on the :math:`m \times m` matrices alone (Gram form):
+
+.. math::
+    Z = bR + cR^2, \qquad Q \leftarrow (aI + Z)\,Q, \qquad
+    R \leftarrow (aI + Z)\,R\,(aI + Z), \qquad X_k = Q X_0 .
+"""
+
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+HotDtype: TypeAlias = Literal["auto", "fp32", "bf16", "fp16", "fp16_safe"]
+Method: TypeAlias = Literal["auto", "plain", "gram"]
+Preconditioner: TypeAlias = Literal["frobenius", "aol"]
+CoefficientTable: TypeAlias = tuple[tuple[float, float, float], ...]
+
+HOT_DTYPES: tuple[HotDtype, ...] = ("auto", "fp32", "bf16", "fp16", "fp16_safe")
+METHODS: tuple[Method, ...] = ("auto", "plain", "gram")
+PRECONDITIONERS: tuple[Preconditioner, ...] = ("frobenius", "aol")
+
+COEFFICIENTS: dict[str, CoefficientTable] = {
+    # Jordan et al., Muon, 2024: steepest slope at zero for a band of about [0.7, 1.2].
+    "quintic": ((3.4445, -4.7750, 2.0315),),
+    # Amsel et al., arXiv 2505.16932: minimax per step, with a 2 % safety factor.
+    "polar_express": (
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+    ),
+}
+
+# Polar Express wants singular values at most 1 after rounding, so its input is
+# divided by 1.02 of the norm (arXiv 2505.16932, its reference code).
+_SAFETY: dict[str, float] = {"quintic": 1.0, "polar_express": 1.02}
+
+# The Gram form restarts from X after this many steps: the rounding error of R grows
+# with every step taken on R alone.
+_GRAM_RESTART = 2
+
+
+def coefficient_table(
+    coefficients: str | Sequence[Sequence[float]], steps: int
+) -> CoefficientTable:
+    """The `(a, b, c)` of each of `steps` steps; a short table repeats its last row."""
+    rows = COEFFICIENTS[coefficients] if isinstance(coefficients, str) else coefficients
+    table = tuple((float(a), float(b), float(c)) for a, b, c in rows)
+    return (table + table[-1:] * steps)[:steps]
+
+
+def safety_factor(coefficients: str | Sequence[Sequence[float]]) -> float:
+    """By how much more than its norm the input of these coefficients is divided."""
+    return _SAFETY[coefficients] if isinstance(coefficients, str) else 1.0
+
+
+def resolve_hot_dtype(hot_dtype: HotDtype) -> HotDtype:
+    """`"auto"` made definite: fp32 on CPUs, fp16 on GPUs, bf16 elsewhere.
+
+    CPUs multiply half precision no faster than fp32; TPUs have no fp16 matrix unit;
+    on GPUs fp16 costs what bf16 costs and is about ten times closer to fp32.
+    """
+    if hot_dtype != "auto":
+        return hot_dtype
+    backend = jax.default_backend()
+    if backend == "cpu":
+        return "fp32"
+    return "fp16" if backend == "gpu" else "bf16"
+
+
+def newton_schulz_flops(
+    m: int, n: int, steps: int, method: Literal["plain", "gram"]
+) -> int:
+    """Floating-point operations of `steps` steps on one m × n matrix, m ≤ n."""
+    if method == "plain":
+        return steps * (4 * m * m * n + 2 * m**3)
+    total = 0
+    for segment in gram_segments(steps):
+        # XXᵀ and QX once; per step R² ; Q from the second step; R but for the last.
+        total += 4 * m * m * n
+        total += 2 * m**3 * (segment + (segment - 1) + 2 * (segment - 1))
+    return total
+
+
+def gram_segments(steps: int) -> tuple[int, ...]:
+    """How many steps the Gram form takes between one restart and the next."""
+    if steps <= _GRAM_RESTART:
+        return (steps,)
+    return (_GRAM_RESTART, steps - _GRAM_RESTART)
+
+
+def cheaper_method(m: int, n: int, steps: int) -> Literal["plain", "gram"]:
+    """The form that needs fewer operations: Gram above n/m of about 1.5."""
+    gram = newton_schulz_flops(m, n, steps, "gram")
+    return "gram" if gram < newton_schulz_flops(m, n, steps, "plain") else "plain"
+
+
+def frobenius_norm(X: Float[Array, "*batch m n"]) -> Float[Array, "*batch 1 1"]:
+    """Each matrix's Frobenius norm, in fp32."""
+    X = X.astype(jnp.float32)
+    return jnp.sqrt(jnp.sum(X * X, axis=(-2, -1), keepdims=True))
+
+
+def newton_schulz(
+    G: Float[Array, "*batch m n"],
+    table: CoefficientTable,
+    *,
+    eps: float = 1e-7,
+    safety: float = 1.0,
+    preconditioner: Preconditioner = "frobenius",
+    method: Method = "auto",
+    hot_dtype: HotDtype = "fp32",
+) -> Float[Array, "*batch m n"]:
+    """Each matrix of an `(..., m, n)` stack, m ≤ n, with its singular values near 1.
+
+    The norm is taken in fp32 before anything is cast: in fp16 the sum of squares would
+    leave the range. Zero matrices give zero.
+
+    Args:
+        G: A stack of wide or square matrices, of any floating dtype.
+        table: `(a, b, c)` of each step.
+        eps: Added to the norm.
+        safety: Factor on the norm; what Polar Express needs beyond 1.
+        preconditioner: `"frobenius"`, or `"aol"` to scale rows by almost-orthogonal
+            Lipschitz bounds first (arXiv 2512.04632), which saves a step.
+        method: `"plain"`, `"gram"`, or `"auto"` for the one with fewer operations.
+        hot_dtype: The dtype of the iterations.
+
+    Returns:
+        A stack shaped like `G`, in fp32.
+    """
+    hot_dtype = resolve_hot_dtype(hot_dtype)
+    m, n = G.shape[-2:]
+    if method == "auto":
+        method = cheaper_method(m, n, len(table))
+    half = {"bf16": jnp.bfloat16, "fp16": jnp.float16}.get(hot_dtype, jnp.float32)
+    storage = jnp.dtype(half)
+    operand = jnp.dtype(jnp.float16) if hot_dtype == "fp16_safe" else storage
+
+    X = G.astype(jnp.float32)
+    X = X / (frobenius_norm(X) * safety + eps)
+    if preconditioner == "aol":
+        X = _aol_scale(X) / safety
+    X = X.astype(storage)
+    steps = _gram_steps if method == "gram" else _plain_steps
+    return steps(X, table, operand).astype(jnp.float32)
+
+
+def _plain_steps(X: Array, table: CoefficientTable, operand: jnp.dtype) -> Array:
+    """X ← (aI + bR + cR²) X for each row of the table, R = XXᵀ."""
+    for a, b, c in table:
+        R = _product(X, X.mT, operand)
+        Z = b * R + c * _product(R, R, operand)
+        X = (a * X + _product(Z, X, operand)).astype(X.dtype)
+    return X
+
+
+def _gram_steps(X: Array, table: CoefficientTable, operand: jnp.dtype) -> Array:
+    """The same polynomial with products of m × m matrices only, restarted once."""
+    start = 0
+    for length in gram_segments(len(table)):
+        R = _product(X, X.mT, operand)
+        Q = None
+        for index, (a, b, c) in enumerate(table[start : start + length]):
+            Z = b * R + c * _product(R, R, operand)
+            Q = _add_identity(Z, a) if Q is None else a * Q + _product(Z, Q, operand)
+            if index + 1 < length:
+                # (aI + Z) R (aI + Z), where R and Z commute.
+                W = _product(R, Z, operand)
+                R = a * a * R + 2 * a * W + _product(Z, W, operand)
+        start += length
+        if Q is not None:
+            X = _product(Q, X, operand).astype(X.dtype)
+    return X
+
+
+def _product(A: Array, B: Array, operand: jnp.dtype) -> Array:
+    """A B from operands of the given dtype, accumulated and returned in fp32."""
+    return jnp.matmul(
+        A.astype(operand),
+        B.astype(operand),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _add_identity(Z: Array, a: float) -> Array:
+    """Z + aI."""
+    return Z + a * jnp.eye(Z.shape[-1], dtype=Z.dtype)
+
+
+def _aol_scale(X: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
+    """diag(s) X, s_i = (Σ_j |XXᵀ|_ij)^(-1/2): no singular value exceeds 1."""
+    row_sums = jnp.sum(jnp.abs(_product(X, X.mT, jnp.dtype(jnp.float32))), axis=-1)
+    positive = row_sums > 0
+    scale = jnp.where(positive, jax.lax.rsqrt(jnp.where(positive, row_sums, 1)), 0)
+    return X * scale[..., None]

@@ -1,0 +1,185 @@
+"""A tree leaf seen as a stack of matrices `(batch, in, out)`; calls over many leaves.
+
+A `MatrixView` says how a leaf of any rank becomes a stack of matrices and back. Leaves
+of equal matrix shape form one bucket, turned so that the small side comes first, and a
+function of a stack is called once per bucket.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Stack: TypeAlias = Float[Array, "b m n"]
+StackFunction: TypeAlias = Callable[[Stack], Stack]
+Bucketing: TypeAlias = Literal["auto", "loop", "batch", "leaf"]
+
+BUCKETINGS: tuple[Bucketing, ...] = ("auto", "loop", "batch", "leaf")
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixView:
+    """How one leaf is a stack of matrices.
+
+    Attributes:
+        shape: The leaf's shape.
+        in_axes: The axes that a matrix sums over, counted from 0.
+        out_axes: The axes of its output neurons.
+        chunks: Into how many matrices each fused matrix is split.
+        chunk_axis: Which side the split runs along.
+    """
+
+    shape: tuple[int, ...]
+    in_axes: tuple[int, ...]
+    out_axes: tuple[int, ...]
+    chunks: int = 1
+    chunk_axis: Literal["input", "output"] = "output"
+
+    @property
+    def batch_axes(self) -> tuple[int, ...]:
+        """The axes that count matrices."""
+        used = set(self.in_axes + self.out_axes)
+        return tuple(axis for axis in range(len(self.shape)) if axis not in used)
+
+    @property
+    def fused_shape(self) -> tuple[int, int]:
+        """`(in, out)` of a matrix before it is split into chunks."""
+        return self._size(self.in_axes), self._size(self.out_axes)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """`(in, out)` of one matrix."""
+        rows, columns = self.fused_shape
+        if self.chunk_axis == "input":
+            return rows // self.chunks, columns
+        return rows, columns // self.chunks
+
+    @property
+    def count(self) -> int:
+        """How many matrices the leaf holds."""
+        return self._size(self.batch_axes) * self.chunks
+
+    @property
+    def stack_shape(self) -> tuple[int, int, int]:
+        """`(count, in, out)`."""
+        return (self.count, *self.matrix_shape)
+
+    @property
+    def tall(self) -> bool:
+        """Whether a matrix has more inputs than outputs."""
+        rows, columns = self.matrix_shape
+        return rows > columns
+
+    def checked(self, name: str) -> "MatrixView":
+        """Itself, if its axes are distinct and its chunks equal; `name` is a path."""
+        used = self.in_axes + self.out_axes
+        if len(set(used)) != len(used):
+            raise ValueError(
+                f"The matrices of leaf {name!r} use an axis twice: inputs "
+                f"{self.in_axes}, outputs {self.out_axes}."
+            )
+        side = self.fused_shape[0 if self.chunk_axis == "input" else 1]
+        if side % self.chunks:
+            raise ValueError(
+                f"Leaf {name!r} of shape {self.shape} can't be split into "
+                f"`chunks`={self.chunks}: its {self.chunk_axis} side is {side} long."
+            )
+        return self
+
+    def to_stack(self, leaf: Array) -> Array:
+        """The leaf as `(count, in, out)`."""
+        order = self.batch_axes + self.in_axes + self.out_axes
+        batch = self._size(self.batch_axes)
+        rows, columns = self.fused_shape
+        stack = jnp.transpose(leaf, order).reshape(batch, rows, columns)
+        if self.chunks == 1:
+            return stack
+        if self.chunk_axis == "input":
+            return stack.reshape(self.stack_shape)
+        split = stack.reshape(batch, rows, self.chunks, columns // self.chunks)
+        return jnp.swapaxes(split, 1, 2).reshape(self.stack_shape)
+
+    def from_stack(self, stack: Array) -> Array:
+        """The inverse of `to_stack`."""
+        batch = self._size(self.batch_axes)
+        rows, columns = self.fused_shape
+        if self.chunks > 1 and self.chunk_axis == "output":
+            split = stack.reshape(batch, self.chunks, rows, columns // self.chunks)
+            stack = jnp.swapaxes(split, 1, 2)
+        order = self.batch_axes + self.in_axes + self.out_axes
+        sorted_shape = tuple(self.shape[axis] for axis in order)
+        inverse = tuple(order.index(axis) for axis in range(len(order)))
+        return jnp.transpose(stack.reshape(sorted_shape), inverse)
+
+    def _size(self, axes: tuple[int, ...]) -> int:
+        return math.prod(self.shape[axis] for axis in axes)
+
+
+def resolve_bucketing(bucketing: Bucketing) -> Bucketing:
+    """`"auto"` made definite: loop over matrices on CPUs, batch them elsewhere.
+
+    A CPU's matrix product of one matrix already fills the machine, and the loop keeps
+    temporary memory at one matrix; an accelerator needs the batch to be busy.
+    """
+    if bucketing != "auto":
+        return bucketing
+    return "loop" if jax.default_backend() == "cpu" else "batch"
+
+
+def map_stacks(
+    function: StackFunction,
+    leaves: Sequence[Array],
+    views: Sequence[MatrixView],
+    *,
+    bucketing: Bucketing = "auto",
+) -> list[Array]:
+    """`function` of every leaf's matrices, turned so that the small side comes first.
+
+    Args:
+        function: Takes and returns a stack `(b, m, n)` with m ≤ n. It must treat the
+            matrices of a stack independently.
+        leaves: Arrays.
+        views: How each of them is a stack.
+        bucketing: `"batch"` joins leaves of equal matrix shape and dtype and makes one
+            batched call; `"loop"` does the same one matrix at a time in a compiled
+            loop; `"leaf"` makes one batched call for each leaf; `"auto"` chooses
+            between the first two by the backend.
+
+    Returns:
+        The results, shaped like the leaves.
+    """
+    bucketing = resolve_bucketing(bucketing)
+    results: list[Array | None] = [None] * len(leaves)
+    for members in _buckets(leaves, views, join=bucketing != "leaf"):
+        stacks = [_turned(views[i], views[i].to_stack(leaves[i])) for i in members]
+        joined = stacks[0] if len(stacks) == 1 else jnp.concatenate(stacks)
+        if bucketing == "loop" and joined.shape[0] > 1:
+            done = jax.lax.map(lambda matrix: function(matrix[None])[0], joined)
+        else:
+            done = function(joined)
+        start = 0
+        for i in members:
+            part = done[start : start + views[i].count]
+            results[i] = views[i].from_stack(_turned(views[i], part))
+            start += views[i].count
+    return [result for result in results if result is not None]
+
+
+def _turned(view: MatrixView, stack: Array) -> Array:
+    """The stack with its small side first; applied twice, the stack itself."""
+    return stack.mT if view.tall else stack
+
+
+def _buckets(
+    leaves: Sequence[Array], views: Sequence[MatrixView], *, join: bool
+) -> list[list[int]]:
+    """Indices of the leaves that one call serves."""
+    buckets: dict[Hashable, list[int]] = {}
+    for i, (leaf, view) in enumerate(zip(leaves, views, strict=True)):
+        key = (*sorted(view.matrix_shape), leaf.dtype) if join else i
+        buckets.setdefault(key, []).append(i)
+    return list(buckets.values())

@@ -1,0 +1,160 @@
+r"""The three sequences of Schedule-Free training, read out of any optimiser state.
+
+Training holds :math:`y_t`, the point where gradients are taken, as its parameters; the
+state holds the fast iterate :math:`z_t`; the average :math:`x_t`, which is deployed, is
+kept or recovered from :math:`y_t = (1-\beta)\,z_t + \beta\,x_t`.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+
+from fusionopt_jax._types import Count, Params, Scalar
+
+
+class ScheduleFreeState(NamedTuple):
+    r"""State of `schedule_free`.
+
+    Attributes:
+        count: Steps taken.
+        b1: The interpolation that made the current parameters, :math:`\beta`.
+        weight_sum: Sum of the averaging weights so far.
+        max_learning_rate: The largest rate that a step has used.
+        z: The fast iterate, shaped like the parameters.
+        x: The average, shaped like the parameters, or `None` where it is recovered.
+        inner_state: State of the wrapped transformation.
+    """
+
+    count: Count
+    b1: Scalar
+    weight_sum: Scalar
+    max_learning_rate: Scalar
+    z: Params
+    x: Params | None
+    inner_state: Any
+
+
+def average_of(state: ScheduleFreeState, params: Params) -> Params:
+    """The average x of one Schedule-Free state, in the dtype that the state keeps."""
+    if state.x is not None:
+        return state.x
+    b1 = state.b1
+    return jax.tree.map(
+        lambda y, z: (
+            (y.astype(z.dtype) - (1 - b1).astype(z.dtype) * z) / b1.astype(z.dtype)
+        ),
+        params,
+        state.z,
+    )
+
+
+def eval_params(state: Any, params: Params) -> Params:
+    r"""The Schedule-Free average :math:`x_t`: the parameters to evaluate and deploy.
+
+    .. math:: x_t = \bigl(y_t - (1-\beta)\,z_t\bigr) / \beta
+
+    or the average itself where the state keeps it. Cheap enough to call at any step,
+    also under `jax.jit`.
+
+    Args:
+        state: An optimiser state with a Schedule-Free state anywhere in it: inside
+            chains, `multi_transform`, `MultiSteps`, `inject_hyperparams`, `polyak`.
+        params: The training parameters :math:`y_t` that belong to it.
+
+    Returns:
+        A tree like `params`, in its dtypes. Leaves that no Schedule-Free state covers
+        (another group of a `multi_transform`) are returned as they are.
+
+    Raises:
+        ValueError: If there is no Schedule-Free state, or two cover the same leaf.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, fusionopt_jax as fo
+        >>> tx = optax.chain(
+        ...     optax.clip_by_global_norm(1.0), fo.schedule_free(optax.identity(), 0.1)
+        ... )
+        >>> params = {"w": jnp.ones(3)}
+        >>> state = tx.init(params)
+        >>> fo.eval_params(state, params)["w"]
+        Array([1., 1., 1.], dtype=float32)
+
+    Source:
+        Defazio et al., *The Road Less Scheduled*, arXiv 2405.15682, eq. 1 to 3.
+    """
+    average = _read(state, params, average_of, "eval_params")
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), average, params)
+
+
+def fast_params(state: Any, params: Params) -> Params:
+    r"""The Schedule-Free fast iterate :math:`z_t`.
+
+    Args:
+        state: An optimiser state with a Schedule-Free state anywhere in it.
+        params: The training parameters that belong to it.
+
+    Returns:
+        A tree like `params`, in its dtypes.
+
+    Raises:
+        ValueError: If there is no Schedule-Free state, or two cover the same leaf.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, fusionopt_jax as fo
+        >>> tx = fo.schedule_free(optax.identity(), learning_rate=0.5)
+        >>> params = {"w": jnp.ones(3)}
+        >>> _, state = tx.update({"w": jnp.ones(3)}, tx.init(params), params)
+        >>> fo.fast_params(state, params)["w"]
+        Array([0.5, 0.5, 0.5], dtype=float32)
+    """
+    fast = fast_iterate(state, params)
+    return jax.tree.map(lambda z, y: z.astype(y.dtype), fast, params)
+
+
+def fast_iterate(state: Any, params: Params) -> Params:
+    """The fast iterate z in the dtype that the state keeps."""
+    return _read(state, params, lambda found, _: found.z, "fast_params")
+
+
+def schedule_free_states(state: Any) -> list[ScheduleFreeState]:
+    """Every Schedule-Free state in an optimiser state."""
+    leaves = jax.tree.leaves(state, is_leaf=_is_schedule_free)
+    return [leaf for leaf in leaves if _is_schedule_free(leaf)]
+
+
+def _read(state: Any, params: Params, read: Any, name: str) -> Params:
+    """`params` with what `read` finds for the leaves that a state covers."""
+    found = schedule_free_states(state)
+    if not found:
+        raise ValueError(
+            f"`{name}` found no Schedule-Free state in a state of type "
+            f"{type(state).__name__}. Pass the state that belongs to these parameters, "
+            "of an optimiser built with `schedule_free` (in `fusion_opt`: with 'sf' "
+            "among the components); without it the parameters themselves are deployed."
+        )
+    paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+    leaves = {path: leaf for path, leaf in paths}
+    covered: set[Any] = set()
+    for one in found:
+        z_paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(one.z)[0]]
+        unknown = [path for path in z_paths if path not in leaves]
+        twice = [path for path in z_paths if path in covered]
+        if unknown or twice:
+            path = jax.tree_util.keystr((unknown or twice)[0])
+            problem = (
+                "which the given parameters lack: pass the parameters that the state "
+                "was initialised with"
+                if unknown
+                else "which another Schedule-Free state covers too: use one "
+                "`schedule_free` around the groups, or one in each group"
+            )
+            raise ValueError(f"`{name}`: the state has a leaf {path}, {problem}.")
+        covered.update(z_paths)
+        own = [leaves[path] for path in z_paths]
+        own_tree = jax.tree.unflatten(jax.tree.structure(one.z), own)
+        values = jax.tree.leaves(read(one, own_tree))
+        leaves.update(zip(z_paths, values, strict=True))
+    return jax.tree.unflatten(treedef, [leaves[path] for path, _ in paths])
+
+
+def _is_schedule_free(node: Any) -> bool:
+    return isinstance(node, ScheduleFreeState)

@@ -1,0 +1,513 @@
+"""Which leaves of a parameter tree are matrices, along which axes, and who gets them.
+
+A `Routing` is data about leaves: it depends on their paths and shapes alone, knows
+nothing of Optax, and is frozen, hashable and not callable, so that it can be closed
+over, compared, and passed through `optax.inject_hyperparams` (which would take a
+callable for a schedule). Every transformation that works on matrices reads its axes
+from one, so all of them see the same matrices.
+
+A leaf's label is decided in this order: `force_scalar`; the first rule that matches its
+path; the default, by which a leaf of exactly one input and one output axis, both of at
+least `min_dim`, is `"spectral"` and everything else `"scalar"`.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+
+import jax
+
+from fusionopt_jax._checks import check_choice, check_integer, shape_text
+from fusionopt_jax._matrices import MatrixView
+from fusionopt_jax._types import Array, KeyPath, Params
+
+Axes: TypeAlias = int | Sequence[int]
+Layout: TypeAlias = Literal["in_out", "out_in"]
+
+SPECTRAL = "spectral"
+SCALAR = "scalar"
+
+_EMBEDDING = re.compile(r"(^|_)(embed|embedding|embeddings|embeds|wte|wpe)(_table)?$")
+
+
+@runtime_checkable
+class DimensionNumbers(Protocol):
+    """What `optax.contrib.MuonDimensionNumbers` offers."""
+
+    @property
+    def reduction_axis(self) -> Any:
+        """The input axis or axes."""
+        ...
+
+    @property
+    def output_axis(self) -> Any:
+        """The output axis or axes."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixAxes:
+    """Which axes of a leaf make its matrices, and how a fused one is split.
+
+    Axes in neither place count matrices. Where a leaf lies under a `stacked` prefix,
+    its leading axis is left out of the counting.
+
+    Args:
+        reduction_axis: The input axis or axes, which a matrix sums over; `None` takes
+            the layout's (the second to last of `"in_out"`, the last of `"out_in"`).
+        output_axis: The output axis or axes; `None` takes the layout's other one.
+        chunks: How many weights are fused into one: 3 for qkv, 6 for adaLN, 2 for
+            gate/up. Each chunk is a matrix of its own.
+        chunk_axis: The side they are fused along: `"output"`, or `"input"`, as for the
+            output projection of an attention split by heads.
+
+    Raises:
+        ValueError: If `chunks` is below 1 or only one of the two axes is given.
+
+    Example:
+        >>> MatrixAxes(chunks=3)
+        MatrixAxes(chunks=3)
+        >>> conv = MatrixAxes(reduction_axis=(0, 1, 2), output_axis=3)
+    """
+
+    reduction_axis: int | tuple[int, ...] | None = None
+    output_axis: int | tuple[int, ...] | None = None
+    chunks: int = 1
+    chunk_axis: Literal["input", "output"] = "output"
+
+    def __post_init__(self) -> None:
+        check_integer("chunks", self.chunks, low=1)
+        check_choice("chunk_axis", self.chunk_axis, ("input", "output"))
+        if (self.reduction_axis is None) != (self.output_axis is None):
+            raise ValueError(
+                "`reduction_axis` and `output_axis` go together: give both, or neither "
+                "to take the routing's layout."
+            )
+        # Lists would make the routing unhashable.
+        for name in ("reduction_axis", "output_axis"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, int):
+                object.__setattr__(self, name, tuple(value))
+
+    def __repr__(self) -> str:
+        shown = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        ]
+        return f"MatrixAxes({', '.join(shown)})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What happens to the leaves whose path a regular expression finds.
+
+    Args:
+        pattern: Searched for (`re.search`) in the slash-joined path, such as
+            `"blocks/attn/qkv/kernel"`; anchor it with `^` and `$` where needed.
+        label: `"spectral"`, `"scalar"`, the name of a group of your own, or `None` to
+            let the size of the matrices decide.
+        axes: A `MatrixAxes`, or an `optax.contrib.MuonDimensionNumbers`.
+        chunks: Short for `MatrixAxes(chunks=...)`; overrides the one in `axes`.
+
+    Raises:
+        ValueError: If the pattern is no regular expression.
+        TypeError: If `axes` is none of the two kinds.
+
+    Example:
+        >>> Rule("attn/qkv/kernel", chunks=3)
+        Rule(pattern='attn/qkv/kernel', label=None, axes=MatrixAxes(chunks=3))
+    """
+
+    pattern: str
+    label: str | None = None
+    axes: MatrixAxes | DimensionNumbers | None = None
+    chunks: dataclasses.InitVar[int | None] = None
+
+    def __post_init__(self, chunks: int | None) -> None:
+        _compile("pattern", self.pattern)
+        axes = self.axes
+        if axes is not None and not isinstance(axes, MatrixAxes):
+            if not isinstance(axes, DimensionNumbers):
+                raise TypeError(
+                    "`axes` must be a MatrixAxes or a "
+                    f"optax.contrib.MuonDimensionNumbers, got {axes!r}."
+                )
+            axes = MatrixAxes(axes.reduction_axis, axes.output_axis)
+        if chunks is not None:
+            axes = dataclasses.replace(axes or MatrixAxes(), chunks=chunks)
+        object.__setattr__(self, "axes", axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """What a routing says of one leaf.
+
+    Attributes:
+        path: The leaf's slash-joined path.
+        shape: Its shape.
+        label: The group it belongs to.
+        view: Its matrices, or `None` if it has none.
+        reason: Why, in words.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    label: str
+    view: MatrixView | None
+    reason: str
+
+    @property
+    def description(self) -> str:
+        """Label and matrices in one line, such as `spectral 36x(128, 128)`."""
+        if self.view is None:
+            return self.label
+        rows, columns = self.view.matrix_shape
+        return f"{self.label} {self.view.count}x({rows}, {columns})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """Labels every leaf of a parameter tree, and says which axes make its matrices.
+
+    Args:
+        rules: Tried in order on each leaf's path; the first match decides.
+        min_dim: Matrices with both sides at least this long are spectral by default.
+            Below about 128 an orthogonalised update gains nothing over Adam's.
+        force_scalar: Regular expressions of paths that are scalar whatever the rules
+            say.
+        layout: `"in_out"` for Flax kernels (output neurons last), `"out_in"` for
+            Equinox and PyTorch weights.
+        stacked: Path prefixes, such as `"blocks"`, under which the leading axis of
+            every leaf counts layers (scan over layers); a stacked bias is still a bias.
+
+    Raises:
+        ValueError: If a setting is malformed. `labels`, `table` and `fingerprint` raise
+            it if a rule, a `force_scalar` entry or a `stacked` prefix matches no leaf.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> params = {
+        ...     "blocks": {"qkv": jnp.ones((4, 128, 384)), "bias": jnp.ones((4, 384))},
+        ...     "head": jnp.ones((128, 10)),
+        ... }
+        >>> routing = Routing([Rule("qkv", chunks=3)], stacked=["blocks"])
+        >>> routing.labels(params)
+        {'blocks': {'bias': 'scalar', 'qkv': 'spectral'}, 'head': 'scalar'}
+        >>> print(routing.table(params))
+        path         shape          label     matrices         why
+        blocks/bias  (4, 384)       scalar                     1-D
+        blocks/qkv   (4, 128, 384)  spectral  12 x (128, 128)  rule 'qkv'
+        head         (128, 10)      scalar    1 x (128, 10)    a side is below 128
+        scalar: 2 leaves, 2,816 parameters; spectral: 1 leaf, 196,608 parameters
+    """
+
+    rules: Sequence[Rule] = ()
+    _: dataclasses.KW_ONLY
+    min_dim: int = 128
+    force_scalar: Sequence[str] = ()
+    layout: Layout = "in_out"
+    stacked: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        check_integer("min_dim", self.min_dim, low=1)
+        check_choice("layout", self.layout, ("in_out", "out_in"))
+        for name in ("rules", "force_scalar", "stacked"):
+            value = getattr(self, name)
+            if isinstance(value, str | Rule):
+                raise TypeError(f"`{name}` must be a sequence, got {value!r}.")
+            object.__setattr__(self, name, tuple(value))
+        for rule in self.rules:
+            if not isinstance(rule, Rule):
+                raise TypeError(f"`rules` must hold Rule objects, got {rule!r}.")
+        for pattern in self.force_scalar:
+            _compile("force_scalar", pattern)
+        object.__setattr__(
+            self, "stacked", tuple(prefix.strip("/") for prefix in self.stacked)
+        )
+
+    def labels(self, params: Params) -> Any:
+        """A tree like `params` with each leaf's label; for `optax.multi_transform`.
+
+        Args:
+            params: Arrays, or anything with a shape.
+
+        Returns:
+            The same tree with a string in place of each leaf.
+        """
+        routes = {route.path: route.label for route in self.routes(params)}
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: routes[path_name(path)], params
+        )
+
+    def routes(self, params: Params) -> list[Route]:
+        """What the routing says of each leaf, in the order of the tree's leaves."""
+        leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+        routes = [self.route(path, leaf) for path, leaf in leaves]
+        self._check_all_used([route.path for route in routes])
+        return routes
+
+    def table(self, params: Params) -> str:
+        """The split as text, for a person to read before training."""
+        routes = self.routes(params)
+        rows = [("path", "shape", "label", "matrices", "why")]
+        for route in routes:
+            matrices = ""
+            if route.view is not None:
+                inputs, outputs = route.view.matrix_shape
+                matrices = f"{route.view.count} x ({inputs}, {outputs})"
+            rows.append(
+                (route.path, str(route.shape), route.label, matrices, route.reason)
+            )
+        widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        lines = [
+            "  ".join(
+                cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+            ).rstrip()
+            for row in rows
+        ]
+        return "\n".join([*lines, _totals(routes)])
+
+    def fingerprint(self, params: Params) -> str:
+        """The split as one string, to keep in a checkpoint and `check` on restoring."""
+        routes = {route.path: route.description for route in self.routes(params)}
+        return json.dumps(routes, sort_keys=True, separators=(",", ":"))
+
+    def check(self, params: Params, fingerprint: str) -> None:
+        """Require that a saved fingerprint describes this routing of these parameters.
+
+        Args:
+            params: The parameters to be restored into.
+            fingerprint: What `fingerprint` returned when the checkpoint was written.
+
+        Raises:
+            ValueError: If any leaf moved, came or went; it lists them.
+        """
+        now = json.loads(self.fingerprint(params))
+        try:
+            saved = json.loads(fingerprint)
+        except ValueError as error:
+            raise ValueError(
+                f"The saved routing fingerprint can't be read ({error}); it must be "
+                "the string that `Routing.fingerprint` returned."
+            ) from error
+        moved = [
+            f"  {path}: saved as {saved.get(path, 'absent')}, "
+            f"now {now.get(path, 'absent')}"
+            for path in sorted({*now, *saved})
+            if now.get(path) != saved.get(path)
+        ]
+        if moved:
+            raise ValueError(
+                "The checkpoint was written under another routing. These leaves "
+                "moved:\n" + "\n".join(moved) + "\nRestore with the routing that it "
+                "was written with, or start the optimiser state anew."
+            )
+
+    def route(self, path: KeyPath, leaf: Array | jax.ShapeDtypeStruct) -> Route:
+        """What the routing says of one leaf."""
+        name = path_name(path)
+        shape = tuple(leaf.shape)
+        rule = next((rule for rule in self.rules if _finds(rule.pattern, name)), None)
+        view = self._view(name, leaf, rule)
+        label, reason = self._decide(name, shape, rule, view)
+        if label == SPECTRAL and view is None:
+            raise ValueError(
+                f"Leaf {name!r} of shape {shape_text(leaf)} is routed to "
+                f"{SPECTRAL!r}, but nothing says which of its axes make a matrix. "
+                f"{_AXES_REMEDY}"
+            )
+        return Route(name, shape, label, view, reason)
+
+    def _decide(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        rule: Rule | None,
+        view: MatrixView | None,
+    ) -> tuple[str, str]:
+        """The label of a leaf, and the reason for it."""
+        for pattern in self.force_scalar:
+            if _finds(pattern, name):
+                return SCALAR, f"force_scalar {pattern!r}"
+        if rule is not None and rule.label is not None:
+            return rule.label, f"rule {rule.pattern!r}"
+        rank = len(shape) - self._layer_axes(name)
+        if view is None:
+            unexplained = rank > 2
+            return SCALAR, f"rank {rank}, no rule" if unexplained else f"{rank}-D"
+        if rule is None and _is_embedding(name):
+            return SCALAR, "embedding"
+        if min(view.matrix_shape) < self.min_dim:
+            return SCALAR, f"a side is below {self.min_dim}"
+        by = f"rule {rule.pattern!r}" if rule else f"both sides >= {self.min_dim}"
+        return SPECTRAL, by
+
+    def _view(
+        self, name: str, leaf: Array | jax.ShapeDtypeStruct, rule: Rule | None
+    ) -> MatrixView | None:
+        """The matrices of a leaf, or `None` if nothing explains its axes."""
+        shape = tuple(leaf.shape)
+        offset = self._layer_axes(name)
+        rank = len(shape) - offset
+        axes = rule.axes if rule is not None else None
+        if not isinstance(axes, MatrixAxes):
+            axes = MatrixAxes()
+        if axes.reduction_axis is None or axes.output_axis is None:
+            if rank != 2:
+                return None
+            inputs, outputs = (0, 1) if self.layout == "in_out" else (1, 0)
+        else:
+            inputs, outputs = axes.reduction_axis, axes.output_axis
+        return MatrixView(
+            shape=shape,
+            in_axes=_absolute("reduction_axis", inputs, rank, offset, name, leaf),
+            out_axes=_absolute("output_axis", outputs, rank, offset, name, leaf),
+            chunks=axes.chunks,
+            chunk_axis=axes.chunk_axis,
+        ).checked(name)
+
+    def _layer_axes(self, name: str) -> int:
+        """How many leading axes of a leaf count layers: one under a stacked prefix."""
+        return int(any(_below(prefix, name) for prefix in self.stacked))
+
+    def _check_all_used(self, names: list[str]) -> None:
+        """Require that every rule, force_scalar entry and prefix finds a leaf."""
+        if not names:
+            return
+        finders = [
+            *((f"Rule {rule.pattern!r}", rule.pattern, _finds) for rule in self.rules),
+            *((f"`force_scalar` entry {p!r}", p, _finds) for p in self.force_scalar),
+            *((f"`stacked` prefix {p!r}", p, _below) for p in self.stacked),
+        ]
+        for what, pattern, finds in finders:
+            if not any(finds(pattern, name) for name in names):
+                shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+                raise ValueError(
+                    f"{what} matches no leaf. Correct or remove it; the paths are: "
+                    f"{shown}."
+                )
+
+
+_AXES_REMEDY = (
+    "Add Rule(pattern, label, MatrixAxes(reduction_axis=..., output_axis=...)) for it, "
+    "name its prefix in `stacked` if its leading axis counts layers, or route it to "
+    "the scalar group."
+)
+
+
+def matrix_views(
+    tree: Params, routing: Routing | None, component: str
+) -> list[MatrixView]:
+    """The matrices of every leaf of a tree, for a component that needs them.
+
+    Args:
+        tree: Arrays; the holes of a masked tree are passed over.
+        routing: Where the axes come from. Without one, every leaf is a stack of
+            `(in, out)` matrices over its last two axes.
+        component: Who asks, for the errors.
+
+    Raises:
+        ValueError: If a leaf has no matrices, with its path, its shape and the remedy.
+    """
+    views = []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        if routing is None:
+            view = _trailing_view(tuple(leaf.shape))
+        else:
+            view = routing.route(path, leaf).view
+        if view is None:
+            remedy = (
+                _AXES_REMEDY
+                if len(leaf.shape) > 2
+                else "Send it to another group with optax.multi_transform(..., "
+                "routing.labels)."
+            )
+            raise ValueError(
+                f"`{component}` works on matrices and can't handle leaf "
+                f"{path_name(path)!r} of shape {shape_text(leaf)}. {remedy}"
+            )
+        views.append(view)
+    return views
+
+
+def path_name(path: KeyPath) -> str:
+    """A key path as slash-joined names, without the `.value` of NNX variables."""
+    names = []
+    for key in path:
+        for attribute in ("key", "name", "idx"):
+            if hasattr(key, attribute):
+                names.append(str(getattr(key, attribute)))
+                break
+        else:
+            names.append(str(key))
+    if names and names[-1] == "value":
+        names.pop()
+    return "/".join(names)
+
+
+def _trailing_view(shape: tuple[int, ...]) -> MatrixView | None:
+    """A stack of `(in, out)` matrices over the last two axes."""
+    rank = len(shape)
+    return MatrixView(shape, (rank - 2,), (rank - 1,)) if rank >= 2 else None
+
+
+def _absolute(
+    argument: str,
+    axes: Axes,
+    rank: int,
+    offset: int,
+    name: str,
+    leaf: Array | jax.ShapeDtypeStruct,
+) -> tuple[int, ...]:
+    """Axes of a leaf counted from 0, past the axis that counts its layers."""
+    listed = (axes,) if isinstance(axes, int) else tuple(axes)
+    for axis in listed:
+        if not -rank <= axis < rank:
+            raise ValueError(
+                f"`{argument}`={axes} does not fit leaf {name!r} of shape "
+                f"{shape_text(leaf)}"
+                + (", whose leading axis counts layers." if offset else ".")
+            )
+    return tuple(axis % rank + offset for axis in listed)
+
+
+def _totals(routes: Iterable[Route]) -> str:
+    """One line with the leaves and parameters of each label."""
+    counts: dict[str, list[int]] = {}
+    for route in routes:
+        entry = counts.setdefault(route.label, [0, 0])
+        entry[0] += 1
+        entry[1] += math.prod(route.shape)
+    return "; ".join(
+        f"{label}: {leaves} {'leaf' if leaves == 1 else 'leaves'}, {size:,} parameters"
+        for label, (leaves, size) in sorted(counts.items())
+    )
+
+
+def _is_embedding(name: str) -> bool:
+    """Whether a leaf, or the layer whose only matrix it is, is named an embedding."""
+    parts = name.split("/")
+    layer = parts[-2:-1] if parts[-1] == "weight" else parts[-1:]
+    return any(_EMBEDDING.search(part.lower()) for part in layer)
+
+
+def _finds(pattern: str, name: str) -> bool:
+    return re.search(pattern, name) is not None
+
+
+def _below(prefix: str, name: str) -> bool:
+    return name == prefix or name.startswith(prefix + "/")
+
+
+def _compile(argument: str, pattern: str) -> None:
+    """Require a regular expression."""
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f"`{argument}` {pattern!r} is no regular expression: {error}."
+        ) from error

@@ -1,0 +1,1 @@
+"""The components: one file, one paper, one Optax transformation."""

@@ -34,7 +34,7 @@ from fusionopt_jax.dit.guidance import apply_with_guidance
 from fusionopt_jax.dit.loops import Samples, run_sampler
 from fusionopt_jax.dit.model import DiT, apply, init_params
 from fusionopt_jax.dit.modulation import CachedModulation, Modulation
-from fusionopt_jax.dit.objectives import rectified_flow_loss
+from fusionopt_jax.dit.objectives import diffusion_loss, rectified_flow_loss
 from fusionopt_jax.dit.samplers import Sampler
 from fusionopt_jax.dit.sampling import sample
 
@@ -48,6 +48,7 @@ __all__ = [
     "DiTConfig",
     "Modulation",
     "Sampler",
+    "Samples",
     "StaleCacheError",
     "TimeConditioningCache",
     "apply",
@@ -58,6 +59,7 @@ __all__ = [
     "cache_rows",
     "check_cache",
     "clear_cache_registry",
+    "diffusion_loss",
     "distinct_labels",
     "get_or_build_cache",
     "init_params",

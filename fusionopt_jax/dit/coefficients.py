@@ -96,8 +96,9 @@ def ancestral_coefficients(
         ValueError: If `variance` is not one of the three words.
 
     Example:
-        >>> ancestral_coefficients(schedules.respace(10),
-        "fixed_small").active.tolist()[-2:] [1.0, 0.0]
+        >>> times = schedules.respace(10)
+        >>> ancestral_coefficients(times, "fixed_small").active.tolist()[-2:]
+        [1.0, 0.0]
 
     Source:
         Ho et al. 2020, equations 6 and 7; Nichol & Dhariwal 2021, equation 15. As in

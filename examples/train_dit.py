@@ -1,7 +1,7 @@
 """Train a small diffusion transformer with SF-NorMuon and sample it from a cache.
 
     python examples/train_dit.py                        # digits, about three minutes
-    python examples/train_dit.py --optimizer adamw      # the same job, another optimizer
+    python examples/train_dit.py --optimizer adamw      # to compare optimizers
     python examples/train_dit.py --data my_images       # one subfolder per class
     python examples/train_dit.py --resume               # continue after Ctrl-C
 
@@ -20,12 +20,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from tqdm import tqdm
-
-from dit_training import options, optimizers, report, sampling, training
+from dit_training import optimizers, options, report, sampling, training
 from dit_training.checkpoints import Checkpoints
 from dit_training.data import Dataset, load
 from dit_training.errors import RunError
+from tqdm import tqdm
+
 from fusionopt_jax import dit
 
 FETCH_EVERY = 10
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"train_dit.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stopped:
-        print(f"stopped; {str(stopped) or 'nothing was lost'}", file=sys.stderr)
+        print(f"stopped; {str(stopped) or 'what was written is kept'}", file=sys.stderr)
         return 130
     return 0
 
@@ -65,6 +65,11 @@ def run(settings: options.Settings, folder: Path, *, resume: bool) -> None:
     )
     if resume:
         state = checkpoints.restore(state)
+        if int(state.step) > settings.steps:
+            raise RunError(
+                f"--steps {settings.steps}: {folder} is at step {int(state.step)} "
+                "already; give at least as many"
+            )
     # Written only now: a refused --resume must leave the folder as it was.
     write_json(folder / "config.json", config)
 
@@ -151,9 +156,11 @@ def train(
                         validation_loss=float(validation_loss(params, *held_out)),
                         seconds=time.perf_counter() - started,
                     )
-                if not checkpoints.save(state, params):
-                    raise diverged("a weight", step, folder, checkpoints)
+            # Before the checkpoint: a row too many is dropped on resume, a missing one
+            # would stay missing.
             metrics.add(rows)
+            if (stopping or evaluating) and not checkpoints.save(state, params):
+                raise diverged("a weight", step, folder, checkpoints)
             bar.update(len(rows))
             bar.set_postfix_str(f"loss {rows[-1].loss:.3f}, γ {rows[-1].step_size:.2f}")
             if stopping:
@@ -229,8 +236,8 @@ def summary_text(summary: dict, folder: Path) -> str:
             f"label accuracy    {summary['label_accuracy']:.3f} of "
             f"{summary['generated_images']} unguided samples (held-out real images "
             f"{summary['label_accuracy_real']:.3f})",
-            f"Fréchet distance  {summary['frechet_distance']:.2f} (real training images "
-            f"{summary['frechet_distance_real']:.2f}, class means "
+            f"Fréchet distance  {summary['frechet_distance']:.2f} (real training "
+            f"images {summary['frechet_distance_real']:.2f}, class means "
             f"{summary['frechet_distance_class_means']:.2f})",
             f"sampling          {summary['timed_images']} guided images: {cache}",
             f"written to        {folder}",

@@ -101,7 +101,7 @@ def step_size(name: str, steps: int, opt_state: Any, step: jax.Array) -> jax.Arr
 
 
 def deployed(name: str, opt_state: Any, params: Any) -> Any:
-    """The weights to evaluate and keep: the average for the schedule-free optimizers."""
+    """The weights to evaluate and to keep: for the schedule-free ones, the average."""
     return params if name in NEEDS_HORIZON else fo.eval_params(opt_state, params)
 
 

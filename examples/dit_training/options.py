@@ -44,7 +44,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         prog="train_dit.py",
         description="Train a small diffusion transformer on labelled images, sample it "
         "through its modulator cache, and measure how good the samples are.",
-        epilog="Every run writes a folder: config.json, metrics.csv (one row per step), "
+        epilog="Every run writes a folder: config.json, metrics.csv (a row per step), "
         "loss.png, samples.png, summary.json and checkpoints/. Ctrl-C writes a "
         "checkpoint and stops; --resume goes on from it as if nothing had happened.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -78,8 +78,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     training.add_argument(
         "--optimizer",
         choices=optimizers.NAMES,
-        help="fusion: NorMuon on the matrices and Adam on the rest, schedule-free, with "
-        "a shared Polyak step size; adamw, muon: Optax's, with warm-up and cosine; "
+        help="fusion: NorMuon on the matrices, Adam on the rest, schedule-free, with a "
+        "shared Polyak step size; adamw, muon: Optax's, with warm-up and cosine; "
         "sf-adamw: schedule-free AdamW (default: fusion)",
     )
     rates = ", ".join(f"{n} {r:g}" for n, r in optimizers.LEARNING_RATES.items())
@@ -194,8 +194,8 @@ def saved_options(folder: Path) -> dict[str, Any]:
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
-            f"--resume: {path} cannot be read ({error!r}); restore it, or start the run "
-            "in another --out"
+            f"--resume: {path} cannot be read ({error!r}); restore it, or start the "
+            "run in another --out"
         ) from error
 
 

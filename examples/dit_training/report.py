@@ -100,6 +100,8 @@ def plot_losses(rows: list[Row], title: str, path: Path) -> None:
         label="validation, deployed weights",
     )
     axes.set(xlabel="step", ylabel="rectified-flow loss", title=title, yscale="log")
+    for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        ticks("{x:.2g}")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(path, dpi=120)

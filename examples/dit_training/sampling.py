@@ -108,7 +108,7 @@ def judge(
 def compare_cache(
     params: Any, config: dit.DiTConfig, sampler: dit.Sampler, settings: Settings
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """Draw the grid's images with and without the cache: seconds, difference, images."""
+    """Draw the grid with and without the cache: seconds and difference, and images."""
     columns = min(config.num_classes, report.COLUMNS)
     labels = np.tile(np.arange(columns, dtype=np.int32), report.ROWS)
     noise = draw_noise(config, settings.seed, 0, len(labels))

@@ -1,6 +1,7 @@
 """Composable Optax transformations for matrix-aware, schedule-free training."""
 
 from fusionopt_jax.iterates import ScheduleFreeState, eval_params, fast_params
+from fusionopt_jax.recipes import fusion_opt
 from fusionopt_jax.routing import MatrixAxes, Route, Routing, Rule
 from fusionopt_jax.transforms.mona import MONAState, mona
 from fusionopt_jax.transforms.normuon import NorMuonState, normuon
@@ -22,6 +23,7 @@ __all__ = [
     "ScheduleFreeState",
     "eval_params",
     "fast_params",
+    "fusion_opt",
     "mona",
     "normuon",
     "ns5",

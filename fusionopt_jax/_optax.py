@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import optax
 
 TransformLike = optax.GradientTransformation | optax.GradientTransformationExtraArgs
@@ -20,3 +21,17 @@ def accepting_extra_args(
 ) -> optax.GradientTransformationExtraArgs:
     """`inner`, made to ignore the extra arguments that it does not know."""
     return optax.with_extra_args_support(inner)
+
+
+def keeping_dtype(inner: TransformLike) -> optax.GradientTransformationExtraArgs:
+    """`inner`, its updates cast back to the dtypes of the gradients it was given."""
+    inner_tx = accepting_extra_args(inner)
+
+    def update_fn(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        results, state = inner_tx.update(updates, state, params, **extra_args)
+        cast = jax.tree.map(lambda u, g: u.astype(g.dtype), results, updates)
+        return cast, state
+
+    return transformation(inner_tx.init, update_fn)

@@ -29,6 +29,7 @@ from fusionopt_jax.dit.cache_store import (
     save_cache,
 )
 from fusionopt_jax.dit.cache_use import cache_rows, check_cache, step_modulation
+from fusionopt_jax.dit.checkpoint import from_pytorch, to_pytorch
 from fusionopt_jax.dit.config import CONFIGS, DiTConfig
 from fusionopt_jax.dit.guidance import apply_with_guidance
 from fusionopt_jax.dit.loops import Samples, run_sampler
@@ -61,6 +62,7 @@ __all__ = [
     "clear_cache_registry",
     "diffusion_loss",
     "distinct_labels",
+    "from_pytorch",
     "get_or_build_cache",
     "init_params",
     "load_cache",
@@ -71,4 +73,5 @@ __all__ = [
     "save_cache",
     "step_modulation",
     "strip_modulators",
+    "to_pytorch",
 ]

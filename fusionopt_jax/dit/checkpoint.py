@@ -1,0 +1,427 @@
+"""Weights of the published PyTorch DiT, in and out."""
+
+import math
+import os
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fusionopt_jax._types import Params
+from fusionopt_jax.dit.config import TIME_FEATURES, DiTConfig
+from fusionopt_jax.dit.embeddings import position_embedding
+from fusionopt_jax.dit.model import as_dict, init_params
+from fusionopt_jax.dit.torch_file import TensorRecord, TorchFile
+
+_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
+"""Heads of the published widths; the weights do not show their number."""
+
+_LINEARS = {
+    "t_embedder.mlp.0": ("t_embedder", "fc1"),
+    "t_embedder.mlp.2": ("t_embedder", "fc2"),
+    "final_layer.linear": ("final_layer", "linear"),
+    "final_layer.adaLN_modulation.1": ("final_layer", "adaLN_modulation"),
+}
+
+_BLOCK_LINEARS = {
+    "attn.qkv": ("attn", "qkv"),
+    "attn.proj": ("attn", "proj"),
+    "mlp.fc1": ("mlp", "fc1"),
+    "mlp.fc2": ("mlp", "fc2"),
+    "adaLN_modulation.1": ("adaLN_modulation",),
+}
+
+_PATCH = "x_embedder.proj"
+_TABLE = "y_embedder.embedding_table.weight"
+_POSITIONS = "pos_embed"
+
+_POSITION_TOLERANCE = 1e-2
+"""Far above the rounding of a bfloat16 file, far below what a learned table differs."""
+
+_ENTRIES = ("ema", "model", "state_dict")
+
+
+def from_pytorch(
+    state_dict: Mapping[str, Any] | str | os.PathLike[str],
+    num_heads: int | None = None,
+    *,
+    entry: str | None = None,
+    has_null_label: bool = True,
+    time_scale: float = 1.0,
+) -> tuple[Params, DiTConfig]:
+    """Read the weights of a published PyTorch DiT, or of one that was trained like it.
+
+    Every size is read from the weights. Files are never executed: a `.pt` file is read
+    without PyTorch, and one that holds anything but tensors and plain data is refused.
+
+    Args:
+        state_dict: A dict from names to arrays (NumPy, JAX or PyTorch), or a file:
+            `.pt`, `.pth` or `.ckpt`, `.safetensors` (needs safetensors), or `.npz`.
+        num_heads: Attention heads. None takes those of the published model of this
+            width; other widths must say, since the weights do not show it.
+        entry: Which part of a training checkpoint to take, such as "ema" or "model".
+            None takes "ema", else "model", else "state_dict", else all of it.
+        has_null_label: Whether the last row of the label table is the null label, as
+            in every published model.
+        time_scale: `DiTConfig.time_scale` of the model.
+
+    Returns:
+        The parameters, in fp32 and in the layout of
+        :func:`~fusionopt_jax.dit.init_params`, and the config.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ImportError: If safetensors is needed and missing.
+        ValueError: If the file is damaged or no weight file; if entries are missing,
+            unexpected or misshapen, with the list of them; if values are not finite
+            floating-point numbers; if the position embedding is not the fixed one.
+
+    Example:
+        >>> config = DiTConfig(input_size=8, hidden_size=32, depth=2, num_heads=4)
+        >>> weights = to_pytorch(init_params(config), config)
+        >>> params, same_config = from_pytorch(weights, num_heads=4)
+        >>> same_config == config
+        True
+
+    Source: names and layouts of the PyTorch model that Peebles and Xie published.
+    """
+    if isinstance(state_dict, str | os.PathLike):
+        arrays = _read_file(pathlib.Path(state_dict), entry)
+    else:
+        arrays = _read_mapping(_choose_entry(state_dict, entry, "`state_dict`"))
+    arrays = {name.removeprefix("module."): value for name, value in arrays.items()}
+    config = _read_config(arrays, num_heads, has_null_label, time_scale)
+    _check_entries(arrays, config)
+    _check_positions(arrays[_POSITIONS], config)
+
+    def linear(name: str) -> Params:
+        """A linear map in `(in, out)` layout."""
+        return {"kernel": arrays[f"{name}.weight"].T, "bias": arrays[f"{name}.bias"]}
+
+    # Convolution weights lie as (out, channel, row, column), patches as (row, column,
+    # channel).
+    patch = arrays[f"{_PATCH}.weight"].transpose(2, 3, 1, 0)
+    params: Params = {
+        "x_embedder": {
+            "proj": {
+                "kernel": patch.reshape(-1, config.hidden_size),
+                "bias": arrays[f"{_PATCH}.bias"],
+            }
+        },
+        "y_embedder": {"embedding_table": arrays[_TABLE]},
+        "blocks": {},
+    }
+    for name, path in _LINEARS.items():
+        _put(params, path, linear(name))
+    for name, path in _BLOCK_LINEARS.items():
+        layers = [linear(f"blocks.{i}.{name}") for i in range(config.depth)]
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
+        _put(params["blocks"], path, stacked)
+    return jax.tree.map(jnp.asarray, params), config
+
+
+def to_pytorch(params: Params, config: DiTConfig) -> dict[str, np.ndarray]:
+    """Write parameters as a state dict of the published PyTorch DiT.
+
+    Args:
+        params: Full parameters.
+        config: Their sizes.
+
+    Returns:
+        NumPy arrays in fp32 under the published names, with the position embedding.
+        `torch.from_numpy`, `numpy.savez` and `safetensors.numpy.save_file` take them.
+
+    Raises:
+        ValueError: If the parameters do not have the sizes of the config.
+
+    Example:
+        >>> config = DiTConfig(input_size=8, hidden_size=32, depth=2, num_heads=4)
+        >>> to_pytorch(init_params(config), config)["blocks.1.attn.qkv.weight"].shape
+        (96, 32)
+
+    Source: names and layouts of the PyTorch model that Peebles and Xie published.
+    """
+    params = as_dict(params)
+    _check_params(params, config)
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), dict(params))
+    width, patch = config.hidden_size, config.patch_size
+    kernel = params["x_embedder"]["proj"]["kernel"]
+    kernel = kernel.reshape(patch, patch, config.in_channels, width)
+    positions = position_embedding(config.grid_size, width)
+    arrays = {
+        _POSITIONS: positions[None],
+        f"{_PATCH}.weight": kernel.transpose(3, 2, 0, 1),
+        f"{_PATCH}.bias": params["x_embedder"]["proj"]["bias"],
+        _TABLE: params["y_embedder"]["embedding_table"],
+    }
+    for name, path in _LINEARS.items():
+        leaf = _get(params, path)
+        arrays |= {f"{name}.weight": leaf["kernel"].T, f"{name}.bias": leaf["bias"]}
+    for index in range(config.depth):
+        for name, path in _BLOCK_LINEARS.items():
+            leaf = _get(params["blocks"], path)
+            arrays[f"blocks.{index}.{name}.weight"] = leaf["kernel"][index].T
+            arrays[f"blocks.{index}.{name}.bias"] = leaf["bias"][index]
+    return {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+
+
+def _get(tree: Params, path: tuple[str, ...]) -> Params:
+    """The subtree at a path."""
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def _put(tree: Params, path: tuple[str, ...], value: Params) -> None:
+    """Set the subtree at a path."""
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = value
+
+
+def _read_file(path: pathlib.Path, entry: str | None) -> dict[str, np.ndarray]:
+    """The arrays of a weight file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no weight file {path}.")
+    suffix = path.suffix.lower()
+    if suffix in (".pt", ".pth", ".ckpt"):
+        with TorchFile(path) as file:
+            chosen = _choose_entry(file.content, entry, str(path))
+            records = {
+                name: file.array(value) if isinstance(value, TensorRecord) else value
+                for name, value in chosen.items()
+            }
+        return _read_mapping(records)
+    if suffix == ".safetensors":
+        return _read_mapping(_choose_entry(_read_safetensors(path), entry, str(path)))
+    if suffix == ".npz":
+        return _read_mapping(_choose_entry(_read_npz(path), entry, str(path)))
+    raise ValueError(
+        f"{path} must end in .pt, .pth, .ckpt, .safetensors or .npz, so that its "
+        "format is known."
+    )
+
+
+def _read_safetensors(path: pathlib.Path) -> dict[str, Any]:
+    """The arrays of a `.safetensors` file."""
+    try:
+        from safetensors import flax as safetensors_flax
+    except ImportError as error:
+        raise ImportError(
+            "reading .safetensors needs safetensors, which is not installed; install "
+            'the extra `examples`: pip install "fusionopt-jax[examples]".'
+        ) from error
+    try:
+        return dict(safetensors_flax.load_file(os.fspath(path)))
+    except Exception as error:
+        raise ValueError(f"{path} is not a readable .safetensors: {error}.") from error
+
+
+def _read_npz(path: pathlib.Path) -> dict[str, Any]:
+    """The arrays of an `.npz` file; pickled objects in it are refused."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except Exception as error:
+        # Damaged bytes can fail anywhere: zip, zlib, the header of an array.
+        raise ValueError(f"{path} is not a readable .npz: {error}.") from error
+
+
+def _choose_entry(content: Any, entry: str | None, source: str) -> Mapping[str, Any]:
+    """The state dict inside a checkpoint."""
+    if not isinstance(content, Mapping):
+        raise ValueError(
+            f"{source} holds a {type(content).__name__} instead of a dict of weights; "
+            "save model.state_dict()."
+        )
+    if entry is None:
+        nested = [key for key in _ENTRIES if isinstance(content.get(key), Mapping)]
+        content = content[nested[0]] if nested else content
+    elif isinstance(content.get(entry), Mapping):
+        content = content[entry]
+    else:
+        names = [str(key) for key in content if isinstance(content[key], Mapping)]
+        raise ValueError(
+            f"{source} has no `entry` {entry!r}; "
+            + (
+                f"it has {', '.join(names)}."
+                if names
+                else "it is one plain state dict."
+            )
+        )
+    wrong = [key for key in content if not isinstance(key, str)]
+    if wrong:
+        raise ValueError(f"{source} has names that are not text, such as {wrong[0]!r}.")
+    return content
+
+
+def _read_mapping(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Every value as a finite fp32 array."""
+    arrays, wrong = {}, []
+    for name, value in state_dict.items():
+        if hasattr(value, "detach"):
+            # A PyTorch tensor: NumPy reads neither bfloat16 nor gradients from one.
+            value = value.detach().float().cpu().numpy()
+        array = np.asarray(value) if hasattr(value, "dtype") else None
+        if array is None or not jnp.issubdtype(array.dtype, jnp.floating):
+            kind = type(value).__name__ if array is None else str(array.dtype)
+            wrong.append(f"{name} is {kind} instead of floating point")
+            continue
+        array = array.astype(np.float32)
+        if not np.all(np.isfinite(array)):
+            wrong.append(f"{name} holds values that are not finite")
+        arrays[name] = array
+    if wrong:
+        raise ValueError(_listed("these weights can't be used", wrong))
+    return arrays
+
+
+def _listed(title: str, lines: list[str]) -> str:
+    """A title and its lines, the first twenty of them."""
+    more = [f"and {len(lines) - 20} more"] if len(lines) > 20 else []
+    return "\n  ".join([f"{title}:", *lines[:20], *more])
+
+
+def _read_config(
+    arrays: Mapping[str, np.ndarray],
+    num_heads: int | None,
+    has_null_label: bool,
+    time_scale: float,
+) -> DiTConfig:
+    """The sizes that the weights have."""
+    ranks = {
+        f"{_PATCH}.weight": 4,
+        _POSITIONS: 3,
+        _TABLE: 2,
+        "blocks.0.mlp.fc1.weight": 2,
+        "final_layer.linear.weight": 2,
+    }
+    problems = [
+        f"{name} is missing"
+        if name not in arrays
+        else f"{name} has {arrays[name].ndim} axes instead of {rank}"
+        for name, rank in ranks.items()
+        if name not in arrays or arrays[name].ndim != rank
+    ]
+    if problems:
+        raise ValueError(_listed("these are not the weights of a DiT", problems))
+    width, channels, patch, _ = arrays[f"{_PATCH}.weight"].shape
+    tokens = arrays[_POSITIONS].shape[1]
+    rows = arrays[_TABLE].shape[0]
+    outputs = arrays["final_layer.linear.weight"].shape[0]
+    inputs = patch * patch * channels
+    side = math.isqrt(tokens)
+    if min(width, inputs, tokens) == 0 or side * side != tokens:
+        problems.append(f"{_POSITIONS} has {tokens} tokens, which is no square grid")
+    if outputs not in (inputs, 2 * inputs):
+        problems.append(
+            f"final_layer.linear.weight has {outputs} outputs instead of {inputs} (or "
+            f"{2 * inputs} with a learned variance)"
+        )
+    if rows <= int(has_null_label):
+        problems.append(f"{_TABLE} has {rows} rows, too few for a class")
+    if problems:
+        raise ValueError(_listed("these are not the weights of a DiT", problems))
+    if num_heads is None and width not in _HEADS:
+        raise ValueError(
+            f"`num_heads` is needed: the weights do not show it, and width {width} is "
+            "none of the published models."
+        )
+    found = {
+        int(match[1])
+        for name in arrays
+        if (match := re.match(r"blocks\.(\d{1,6})\.", name))
+    }
+    return DiTConfig(
+        input_size=side * patch,
+        patch_size=patch,
+        in_channels=channels,
+        hidden_size=width,
+        depth=len(found),
+        num_heads=_HEADS[width] if num_heads is None else num_heads,
+        mlp_ratio=arrays["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        class_dropout_prob=0.1 if has_null_label else 0.0,
+        num_classes=rows - int(has_null_label),
+        learn_sigma=outputs == 2 * inputs,
+        time_scale=time_scale,
+    )
+
+
+def _expected_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every entry of a state dict."""
+    width, patch = config.hidden_size, config.patch_size
+    linears = {
+        "t_embedder.mlp.0": (width, TIME_FEATURES),
+        "t_embedder.mlp.2": (width, width),
+        "final_layer.linear": (patch**2 * config.out_channels, width),
+        "final_layer.adaLN_modulation.1": (2 * width, width),
+    }
+    for index in range(config.depth):
+        linears |= {
+            f"blocks.{index}.attn.qkv": (3 * width, width),
+            f"blocks.{index}.attn.proj": (width, width),
+            f"blocks.{index}.mlp.fc1": (config.mlp_size, width),
+            f"blocks.{index}.mlp.fc2": (width, config.mlp_size),
+            f"blocks.{index}.adaLN_modulation.1": (6 * width, width),
+        }
+    shapes: dict[str, tuple[int, ...]] = {
+        _POSITIONS: (1, config.num_tokens, width),
+        f"{_PATCH}.weight": (width, config.in_channels, patch, patch),
+        f"{_PATCH}.bias": (width,),
+        _TABLE: (config.num_labels, width),
+    }
+    for name, shape in linears.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    return shapes
+
+
+def _check_entries(arrays: Mapping[str, np.ndarray], config: DiTConfig) -> None:
+    """Require every entry, no other, each in its shape."""
+    expected = _expected_shapes(config)
+    problems = [f"{name} is missing" for name in expected if name not in arrays]
+    problems += [f"{name} is unexpected" for name in arrays if name not in expected]
+    problems += [
+        f"{name} has shape {arrays[name].shape} instead of {shape}"
+        for name, shape in expected.items()
+        if name in arrays and arrays[name].shape != shape
+    ]
+    if problems:
+        raise ValueError(_listed("these are not the weights of a DiT", problems))
+
+
+def _check_positions(table: np.ndarray, config: DiTConfig) -> None:
+    """Require the fixed position embedding, which this library computes itself."""
+    fixed = position_embedding(config.grid_size, config.hidden_size)
+    difference = float(np.max(np.abs(table[0] - fixed)))
+    if difference > _POSITION_TOLERANCE:
+        raise ValueError(
+            f"{_POSITIONS} differs from the fixed sine table by {difference:.2g}: a "
+            "model with a learned or another position embedding is not supported."
+        )
+
+
+def _check_params(params: Params, config: DiTConfig) -> None:
+    """Require the parameters to have the sizes of the config."""
+    expected = jax.eval_shape(lambda: init_params(config))
+    wanted = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(expected)
+    }
+    held = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.shape(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    problems = [
+        f"{name} has shape {held[name]} instead of {shape}"
+        if name in held
+        else f"{name} is missing"
+        for name, shape in wanted.items()
+        if held.get(name) != shape
+    ]
+    problems += [f"{name} is unexpected" for name in held if name not in wanted]
+    if problems:
+        raise ValueError(_listed("`params` do not fit the config", problems))

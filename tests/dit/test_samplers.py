@@ -1,0 +1,330 @@
+"""The sampling loop: recordings, float64 references, and measured orders."""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fusionopt_jax.dit import Sampler, coefficients, run_sampler
+from fusionopt_jax.dit.sampling import guide
+from fusionopt_jax.dit.steps import ancestral_step
+from tests._compare import assert_within
+from tests.references import samplers as reference
+
+RECORDED = np.load(pathlib.Path(__file__).parents[1] / "data" / "sampler_toy.npz")
+
+# Ten float32 steps on values of order ten; the recordings were made in float32 too, and
+# two float32 runs of this model were seen to differ by 2.9e-6.
+TRAJECTORY = 1e-5
+
+RECORDINGS = {
+    "ddpm10": Sampler.ddpm("10"),
+    "ddpm10_clip": Sampler.ddpm("10", clip=True),
+    "ddpm10_fixedlarge": Sampler.ddpm("10", variance="fixed_large"),
+    "ddpm10_fixedsmall": Sampler.ddpm("10", variance="fixed_small"),
+    "ddpm10_cfg4": Sampler.ddpm("10"),
+    "ddim10": Sampler.ddim("ddim10"),
+    "ddim10_eta0.5": Sampler.ddim("ddim10", eta=0.5),
+    "ddim10_eta1": Sampler.ddim("ddim10", eta=1.0),
+    "ddim10_spacing10": Sampler.ddim("10"),
+    "ddim10_cfg4": Sampler.ddim("ddim10"),
+}
+
+
+def toy_network(image, time, label):
+    """The closed-form model of the recordings, in JAX."""
+    # Rooted in float64: 1 - bar has four digits left in float32 near time 0.
+    levels = jnp.asarray(np.sqrt(1.0 - reference.alpha_bars()), jnp.float32)
+    level = jnp.interp(time, jnp.arange(1000.0), levels)
+    phase = jnp.broadcast_to(label[:, None, None, None], image.shape)
+    noise = level * image + 0.1 * jnp.sin(3.0 * image + phase)
+    return noise, jnp.cos(2.0 * image)
+
+
+@functools.cache
+def run_recorded(tag):
+    """One recorded run, by the public loop."""
+    sampler = RECORDINGS[tag]
+    labels = jnp.asarray(RECORDED["y"], jnp.float32)
+
+    def denoise(image, time, condition):
+        noise, logits = toy_network(image, time, labels)
+        if tag.endswith("cfg4"):
+            null = jnp.full_like(labels, float(RECORDED["null"]))
+            noise = guide(noise, toy_network(image, time, null)[0], 4.0, 3)
+        parts = [noise] if "fixed" in tag else [noise, logits]
+        return jnp.concatenate(parts, axis=-1)
+
+    run = jax.jit(
+        lambda noise, draws: run_sampler(
+            sampler, denoise, noise, step_noise=draws, previews=10
+        )
+    )
+    return run(jnp.asarray(RECORDED["z"]), jnp.asarray(RECORDED["noise"]))
+
+
+def signal_levels(tag):
+    """How much of the clean image each step's input holds, in the order of sampling."""
+    levels = np.sqrt(reference.alpha_bars()[RECORDED[f"{tag}/timestep_map"]])
+    return levels[::-1].reshape(-1, 1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("tag", [tag for tag in RECORDINGS if tag != "ddpm10_cfg4"])
+def test_follows_the_recorded_trajectory(tag):
+    samples = run_recorded(tag)
+    # A clean prediction divides by the signal, and its rounding error with it.
+    error = (samples.previews - RECORDED[f"{tag}/clean"]) * signal_levels(tag)
+    assert_within(error, np.zeros(error.shape), TRAJECTORY, "clean")
+    assert_within(samples.images, RECORDED[f"{tag}/final"], TRAJECTORY, "image")
+
+
+def test_follows_the_recorded_steps_of_guided_ddpm():
+    # Four-fold guidance of sin(3x + y) amplifies rounding: this recording is 2e-4 away
+    # from the same run in float64. So the network's part and the loop's are compared
+    # apart, each from recorded inputs.
+    tag = "ddpm10_cfg4"
+    images = jnp.asarray(RECORDED[f"{tag}/images"])
+    outputs = jnp.asarray(RECORDED[f"{tag}/output"])
+    labels = jnp.asarray(RECORDED["y"], jnp.float32)
+    null = jnp.full_like(labels, float(RECORDED["null"]))
+    table = coefficients.ancestral_coefficients(
+        RECORDED[f"{tag}/timestep_map"], "learned_range"
+    )
+    for step, time in enumerate(RECORDINGS[tag].eval_times()):
+        noise, logits = toy_network(images[step], time, labels)
+        noise = guide(noise, toy_network(images[step], time, null)[0], 4.0, 3)
+        output = jnp.concatenate([noise, logits], axis=-1)
+        assert_within(output, outputs[step], TRAJECTORY, f"network at step {step}")
+        following, _ = ancestral_step(
+            images[step],
+            (outputs[step][..., :4], outputs[step][..., 4:]),
+            jax.tree.map(lambda values, at=step: jnp.float32(values[at]), table),
+            jnp.asarray(RECORDED["noise"][step]),
+            variance="learned_range",
+            clip=False,
+        )
+        assert_within(following, images[step + 1], TRAJECTORY, f"loop at step {step}")
+    # And the loop drives the network as recorded, up to that amplification.
+    closed = run_recorded(tag).images
+    assert_within(closed, RECORDED[f"{tag}/final"], 1e-3, "closed loop")
+
+
+@pytest.mark.parametrize("tag", RECORDINGS)
+def test_evaluates_at_the_recorded_times(tag):
+    times = RECORDINGS[tag].eval_times()
+    assert times.dtype == jnp.float32
+    np.testing.assert_array_equal(times, RECORDED[f"{tag}/timestep_map"][::-1])
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        Sampler.ddpm("25", variance="fixed_large"),
+        Sampler.ddpm("5,10,5", clip=True),
+        Sampler.ddim("ddim20", eta=0.3, clip=True),
+        Sampler.dpm_solver_pp_2m(20),
+        Sampler.dpm_solver_pp_2m(6, spacing="logsnr"),
+    ],
+    ids=lambda sampler: f"{sampler.method}-{sampler.steps}",
+)
+def test_follows_the_float64_reference(sampler, rng):
+    image = rng.standard_normal((2, 4, 4, 3))
+    draws = rng.standard_normal((sampler.steps, 2, 4, 4, 3))
+    label = np.array([1.0, 2.0])
+
+    def denoise(image, time, condition):
+        return jnp.concatenate(
+            toy_network(image, time, jnp.asarray(label, jnp.float32)), axis=-1
+        )
+
+    def predict(image, time):
+        return reference.toy_network(image, time, label[:, None, None, None])
+
+    times = np.asarray(sampler.eval_times(), np.float64)
+    if sampler.method == "ddpm":
+        expected, _ = reference.ancestral(
+            predict,
+            image,
+            draws,
+            times[::-1].astype(int),
+            sampler.variance,
+            sampler.clip,
+        )
+    elif sampler.method == "ddim":
+        expected, _ = reference.implicit(
+            predict, image, draws, times[::-1].astype(int), sampler.eta, sampler.clip
+        )
+    else:
+        expected = reference.multistep(predict, image, np.append(times, 0.0))
+    got = run_sampler(
+        sampler,
+        denoise,
+        jnp.asarray(image, jnp.float32),
+        step_noise=jnp.asarray(draws, jnp.float32),
+    )
+    # Float32 against float64 over 20 steps, amplified by the clean predictions of the
+    # first steps, which divide by a signal of 0.006.
+    assert_within(got.images, expected, 1e-4)
+
+
+def flow_error(sampler, deviation=2.0):
+    """Relative error of a flow sampler where the velocity is known in closed form."""
+    noise = jnp.linspace(-2.0, 2.0, 12).reshape(1, 2, 2, 3)
+
+    def denoise(image, time, condition):
+        return reference.gaussian_velocity(image, time / 1000.0, deviation)
+
+    images = run_sampler(sampler, denoise, noise).images
+    # The flow scales a Gaussian: x_0 = deviation * x_1.
+    return float(jnp.abs(images - deviation * noise).max())
+
+
+def solver_error(sampler, deviation=0.5):
+    """Error of a noise-model sampler where the expected noise is known."""
+    bars = reference.alpha_bars()
+    logs = jnp.asarray(np.log(bars), jnp.float32)
+    noise = jnp.linspace(-2.0, 2.0, 12).reshape(1, 2, 2, 3)
+
+    def denoise(image, time, condition):
+        bar = jnp.exp(jnp.interp(time, jnp.arange(1000.0), logs))
+        return reference.gaussian_noise(image, bar, deviation)
+
+    def spread(bar):
+        return np.sqrt(bar * deviation**2 + 1.0 - bar)
+
+    images = run_sampler(sampler, denoise, noise).images
+    exact = noise * (spread(bars[0]) / spread(bars[-1]))
+    return float(jnp.abs(images - exact).max())
+
+
+@pytest.mark.parametrize(
+    ("error", "make", "order"),
+    [
+        (flow_error, Sampler.euler, 1),
+        (flow_error, lambda n: Sampler.euler(n, shift=2.0), 1),
+        (flow_error, Sampler.heun, 2),
+        (flow_error, lambda n: Sampler.heun(n, shift=2.0), 2),
+        (solver_error, lambda n: Sampler.dpm_solver_pp_2m(n, spacing="logsnr"), 2),
+    ],
+    ids=["euler", "euler-shift", "heun", "heun-shift", "dpm_solver_pp_2m"],
+)
+def test_error_falls_with_the_order_of_the_method(error, make, order):
+    errors = [error(make(steps)) for steps in (20, 40, 80)]
+    measured = np.log2(np.array(errors[:-1]) / np.array(errors[1:]))
+    # Halving the step divides the error by 2^order up to the next order in the step,
+    # a relative 1/20 to 1/80 times a constant of a few.
+    assert np.all(np.abs(measured - order) < 0.3), (errors, measured)
+
+
+def test_more_ddim_steps_approach_the_solver():
+    fine = solver_error(Sampler.ddim("500"))
+    coarse = solver_error(Sampler.ddim("50"))
+    # DDIM ends at the clean image, the solver at time 0 of the grid, where 1 % of
+    # noise is left: their limits differ by less than that.
+    assert fine < 0.02 < 1.5 * coarse
+
+
+def test_heun_asks_for_one_time_more_than_it_has_steps():
+    assert Sampler.heun(3).eval_times().tolist() == pytest.approx(
+        [1000.0, 2000 / 3, 1000 / 3, 0.0]
+    )
+    assert len(Sampler.euler(3).eval_times()) == 3
+
+
+@pytest.mark.parametrize("make", [Sampler.euler, Sampler.heun])
+def test_conditions_are_those_of_the_time(make):
+    sampler = make(5)
+    times = sampler.eval_times()
+
+    def denoise(image, time, condition):
+        # The velocity is the gap between the time and the condition of the same slice.
+        return jnp.full_like(image, time - condition["time"])
+
+    samples = run_sampler(
+        sampler, denoise, jnp.zeros((1, 2, 2, 1)), conditions={"time": times}
+    )
+    assert float(jnp.abs(samples.images).max()) == 0.0
+
+
+def test_previews_end_with_the_last_clean_prediction():
+    samples = run_sampler(
+        Sampler.euler(7), lambda x, t, c: 0.3 * x, jnp.ones((1, 2, 2, 1)), previews=3
+    )
+    assert samples.previews.shape == (3, 1, 2, 2, 1)
+    # Euler's last step goes to time 0, so its clean prediction is the image.
+    assert_within(samples.previews[-1], samples.images, 1e-6)
+
+
+def test_steps_are_counted_in_order():
+    seen = []
+    run_sampler(
+        Sampler.euler(4),
+        lambda x, t, c: x,
+        jnp.ones((1, 2, 2, 1)),
+        on_step=lambda index: jax.debug.callback(
+            lambda i: seen.append(int(i)), index, ordered=True
+        ),
+    )
+    jax.effects_barrier()
+    assert seen == [1, 2, 3, 4]
+
+
+def test_a_key_gives_the_same_images_again_and_another_key_others():
+    def run(seed):
+        return run_sampler(
+            Sampler.ddim("ddim5", eta=1.0),
+            lambda x, t, c: 0.1 * x,
+            jnp.ones((1, 2, 2, 1)),
+            key=jax.random.key(seed),
+        ).images
+
+    np.testing.assert_array_equal(run(3), run(3))
+    assert float(jnp.abs(run(3) - run(4)).max()) > 1e-3
+
+
+def test_samplers_are_values():
+    assert Sampler.ddpm(50) == Sampler.ddpm("50")
+    assert hash(Sampler.ddim("ddim50")) == hash(Sampler.ddim("ddim50"))
+    assert Sampler.ddim("ddim50") != Sampler.ddim("50")
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Sampler.euler(0), "steps"),
+        (lambda: Sampler.heun(5, shift=0.0), "shift"),
+        (lambda: Sampler.ddpm("ddim999"), "integer stride"),
+        (lambda: Sampler.ddpm("10", variance="learned"), "learned_range"),
+        (lambda: Sampler.ddim("10", eta=-0.1), "eta"),
+        (lambda: Sampler.dpm_solver_pp_2m(5, spacing="even"), "spacing"),
+        (lambda: Sampler("eular", 5), "Did you mean 'euler'"),
+        (lambda: Sampler("ddim", 5), "respacing"),
+        (lambda: Sampler("ddim", 5, respacing="10"), "has 10 times"),
+        (lambda: Sampler("euler", 5, clip=True), "clip"),
+    ],
+)
+def test_settings_that_mean_nothing_are_errors(unchecked_types, make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("sampler", "options", "channels", "words"),
+    [
+        (Sampler.ddpm("5"), {}, 2, "key"),
+        (Sampler.ddim("5", eta=0.5), {}, 1, "key"),
+        (Sampler.ddpm("5"), {"key": jax.random.key(0)}, 1, "twice the channels"),
+        (Sampler.heun(5), {}, 3, "as many channels"),
+        (Sampler.euler(5), {"previews": 6}, 1, "previews"),
+        (Sampler.ddpm("5"), {"step_noise": jnp.ones((4, 1, 2, 2, 1))}, 2, "step_noise"),
+    ],
+)
+def test_runs_that_cannot_work_are_errors(sampler, options, channels, words):
+    def denoise(image, time, condition):
+        return jnp.concatenate([image] * channels, axis=-1)
+
+    with pytest.raises(ValueError, match=words):
+        run_sampler(sampler, denoise, jnp.ones((1, 2, 2, 1)), **options)

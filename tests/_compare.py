@@ -1,6 +1,6 @@
 """Assertions in the words of the domain: a failure says what broke and by how much."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -50,22 +50,27 @@ def assert_close_to_orthogonal(matrix, lowest, highest):
 
 def assert_follows(
     golden: _golden.Golden,
-    params_at: Callable[[int], Mapping],
+    paths: Mapping[str, np.ndarray],
     *,
     tolerance: float | None = None,
-    names=None,
 ):
     """The parameters after every step are the recorded ones.
 
-    The tolerance is the recording's own for each array (see ``Golden.tolerance``), or
-    one number for all of them.
+    ``paths`` holds a stack of all steps for each parameter. The tolerance is the
+    recording's own for each array (see ``Golden.tolerance``), or one number for all.
     """
-    for step in range(_golden.STEPS):
-        actual = params_at(step)
-        for name in names or golden.params0:
+    assert set(paths) == set(golden.params0)
+    for name, path in paths.items():
+        assert len(path) == _golden.STEPS
+        for step in range(_golden.STEPS):
             assert_within(
-                actual[name],
+                path[step],
                 golden.params[name][step],
                 golden.tolerance(f"param/{name}") if tolerance is None else tolerance,
                 f"{golden.case} {name} after step {step}",
             )
+
+
+def stacked(history: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """A list of dicts of arrays as a dict of stacks."""
+    return {name: np.stack([one[name] for one in history]) for name in history[0]}

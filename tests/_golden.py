@@ -49,14 +49,6 @@ class Golden(NamedTuple):
         """
         return max(10 * self.noise_floor.get(array, 0.0), 1e-6)
 
-    def grads_at(self, step: int) -> dict[str, np.ndarray]:
-        """The gradient of every parameter at one step."""
-        return {name: stack[step] for name, stack in self.grads.items()}
-
-    def params_at(self, step: int) -> dict[str, np.ndarray]:
-        """What the parameters held after one step."""
-        return {name: stack[step] for name, stack in self.params.items()}
-
 
 @functools.cache
 def _archive(family: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -118,3 +110,13 @@ def newton_schulz() -> tuple[dict[str, dict[str, np.ndarray]], dict[str, float]]
         kind, _, name = key.partition("/")
         parts.setdefault(kind, {})[name] = array
     return parts, meta["ns5"]["noise_floor"]
+
+
+def without_missing(golden: Golden) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The gradients with zeros where the recording had none, and where it had one."""
+    present = golden.scalars.get("grad_mask", np.ones(STEPS))
+    grads = {
+        name: stack * present.reshape(-1, *[1] * (stack.ndim - 1)).astype(stack.dtype)
+        for name, stack in golden.grads.items()
+    }
+    return grads, present

@@ -192,17 +192,34 @@ def _gram_steps(X: Array, table: CoefficientTable, operand: jnp.dtype) -> Array:
 
 def _product(A: Array, B: Array, operand: jnp.dtype) -> Array:
     """A B from operands of the given dtype, accumulated and returned in fp32."""
+    if jax.default_backend() == "cpu":
+        # XLA has no half-precision product with fp32 accumulation on every CPU; fp32
+        # products of rounded operands are the same numbers.
+        A, B = _rounded(A, operand), _rounded(B, operand)
+    else:
+        A, B = A.astype(operand), B.astype(operand)
     return jnp.matmul(
-        A.astype(operand),
-        B.astype(operand),
+        A,
+        B,
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
 
 
+def _rounded(A: Array, dtype: jnp.dtype) -> Array:
+    """A in fp32, rounded to the precision and range of `dtype`."""
+    A = A.astype(jnp.float32)
+    if dtype == jnp.float32:
+        return A
+    # A pair of casts would be optimised away.
+    info = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(A, info.nexp, info.nmant)
+
+
 def _add_identity(Z: Array, a: float) -> Array:
     """Z + aI."""
-    return Z + a * jnp.eye(Z.shape[-1], dtype=Z.dtype)
+    identity = jnp.eye(Z.shape[-1], dtype=Z.dtype)
+    return Z + a * jnp.broadcast_to(identity, Z.shape)
 
 
 def _aol_scale(X: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:

@@ -1,0 +1,297 @@
+"""Continue a run under another set of components."""
+
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fusionopt_jax._checks import shape_text
+from fusionopt_jax._optax import TransformLike, accepting_extra_args
+from fusionopt_jax._states import (
+    Component,
+    Entry,
+    children_of,
+    is_named_tuple,
+    state_entries,
+)
+from fusionopt_jax._types import Array, Params
+from fusionopt_jax.iterates import (
+    ScheduleFreeState,
+    average_of,
+    schedule_free_states,
+)
+from fusionopt_jax.routing import path_name
+from fusionopt_jax.transforms.gain import GainState
+
+# Measurements belong to the step that made them.
+_NEVER_CARRIED = (GainState.__name__,)
+
+# `optax.inject_hyperparams` keeps the settings of an optimiser in its state; those of
+# the new one are wanted.
+_SETTINGS = "hyperparams"
+
+
+class WarmStartReport(NamedTuple):
+    """What `warm_start` does with each component.
+
+    Components are named `group/StateClass`, fields of one `group/StateClass.field`.
+
+    Attributes:
+        carried: In both states: taken over from the old one.
+        started: Only in the new one: starts as `tx.init` makes it.
+        dropped: Only in the old one: left behind.
+    """
+
+    carried: tuple[str, ...]
+    started: tuple[str, ...]
+    dropped: tuple[str, ...]
+
+
+def warm_start(tx: TransformLike, params: Params, old_state: Any) -> Any:
+    """A state of an optimiser that goes on from the state of another one.
+
+    Everything that both have is carried: Schedule-Free's iterates, weights and counts,
+    momentum, Adam's moments, the Polyak averages, second moments and moving averages.
+    What only `tx` has starts as `tx.init` makes it. So a run of SF-NorMuon can go on
+    with MONA and Shampoo added, or the other way round.
+
+    Components are matched by the class of their state and their group, however deep
+    they lie in chains and wrappers. Settings are no part of a state (those that
+    `optax.inject_hyperparams` keeps there are `tx`'s): what the averages mean must be
+    the same in both, such as the rule of `polyak` or the statistics of `kl_shampoo`.
+
+    Args:
+        tx: The optimiser to go on with.
+        params: The training parameters that belong to `old_state`.
+        old_state: The state of the optimiser so far.
+
+    Returns:
+        A state of `tx`, in its dtypes. It shares arrays with `old_state`: don't use
+        that one any more if you donate this one.
+
+    Raises:
+        ValueError: If leaves are in other groups than before (it lists them), if shapes
+            differ, if a class occurs several times in a group and not as often in the
+            other state, or if there is nothing to carry.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, fusionopt_jax as fo
+        >>> params = {"w": jnp.ones((2, 2))}
+        >>> old = optax.chain(optax.trace(0.9))
+        >>> _, old_state = old.update(params, old.init(params), params)
+        >>> tx = optax.chain(fo.mona(), optax.trace(0.9), fo.ns5())
+        >>> state = fo.warm_start(tx, params, old_state)
+        >>> state[1].trace["w"][0]
+        Array([1., 1.], dtype=float32)
+    """
+    new_state = accepting_extra_args(tx).init(params)
+    leaves, _ = _carry(new_state, params, old_state)
+    return jax.tree.unflatten(jax.tree.structure(new_state), leaves)
+
+
+def warm_start_report(
+    tx: TransformLike, params: Params, old_state: Any
+) -> WarmStartReport:
+    """What `warm_start` would carry, start anew and drop, without doing it.
+
+    Args:
+        tx: The optimiser to go on with.
+        params: The training parameters that belong to `old_state`.
+        old_state: The state of the optimiser so far.
+
+    Returns:
+        The names of the components.
+
+    Raises:
+        ValueError: As `warm_start`.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, fusionopt_jax as fo
+        >>> params = {"w": jnp.ones((2, 2))}
+        >>> old_state = optax.trace(0.9).init(params)
+        >>> fo.warm_start_report(
+        ...     optax.chain(fo.mona(), optax.trace(0.9)), params, old_state
+        ... )
+        WarmStartReport(carried=('TraceState',), started=('MONAState',), dropped=())
+    """
+    new_state = accepting_extra_args(tx).init(params)
+    return _carry(new_state, params, old_state)[1]
+
+
+def _carry(
+    new_state: Any, params: Params, old_state: Any
+) -> tuple[list[Any], WarmStartReport]:
+    """The leaves of the new state with what the old one has, and the report."""
+    containers = _named_tuples(params)
+    new = state_entries(new_state, containers)
+    old = state_entries(_with_average(old_state, new_state, params), containers)
+    _check_groups(new, old, params)
+    _check_unambiguous(new, old)
+    known = {(entry.component, entry.path): entry.leaf for entry in old}
+    components = _fields(old)
+    leaves, carried, started = [], [], []
+    for entry in new:
+        component, field = entry.component, _field(entry)
+        if component.kind in _NEVER_CARRIED or field == _SETTINGS:
+            leaves.append(entry.leaf)
+        elif component not in components:
+            leaves.append(entry.leaf)
+            started.append(_title(component))
+        elif field not in components[component]:
+            leaves.append(entry.leaf)
+            started.append(f"{_title(component)}.{field}")
+        else:
+            leaves.append(_checked(entry, known.get((component, entry.path))))
+            carried.append(_title(component))
+    if not carried:
+        raise ValueError(
+            "`warm_start` found nothing to carry: the old state (of type "
+            f"{type(old_state).__name__}) and the new optimiser share no component in "
+            "the same group. Pass the whole state of the optimiser so far, or start "
+            "with `tx.init(params)`."
+        )
+    new_components = _fields(new)
+    dropped = [
+        _title(component)
+        for component in components
+        if component not in new_components and component.kind not in _NEVER_CARRIED
+    ]
+    return leaves, WarmStartReport(_unique(carried), _unique(started), _unique(dropped))
+
+
+def _checked(entry: Entry, old: Array | None) -> Array:
+    """An old leaf in the new leaf's dtype, if it is there and of the same shape."""
+    name = f"{_title(entry.component)}{jax.tree_util.keystr(entry.path)}"
+    if old is None:
+        raise ValueError(
+            f"`warm_start`: the old state has no {name}, but other leaves of that "
+            "field. Pass the parameters that the old state belongs to, and route them "
+            "as they were routed."
+        )
+    if old.shape != entry.leaf.shape:
+        raise ValueError(
+            f"`warm_start`: {name} is {shape_text(old)} in the old state and "
+            f"{shape_text(entry.leaf)} in the new one. Its axes or chunks are routed "
+            "differently, or a setting changed its size; keep both as they were."
+        )
+    return jnp.asarray(old, entry.leaf.dtype)
+
+
+def _check_groups(new: list[Entry], old: list[Entry], params: Params) -> None:
+    """Require that every leaf is in the group that it was in."""
+    names = {
+        path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]
+    }
+
+    def groups(found: list[Entry]) -> dict[str, set[str]]:
+        """The groups in which each parameter has state."""
+        members: dict[str, set[str]] = defaultdict(set)
+        for entry in found:
+            name = path_name(entry.path[1:])
+            if entry.component.group and name in names:
+                members[name].add("/".join(entry.component.group))
+        return members
+
+    before, now = groups(old), groups(new)
+    moved = [
+        f"  {name}: was in {_listed(before[name])}, now in {_listed(now[name])}"
+        for name in sorted(names)
+        if name in before and name in now and before[name] != now[name]
+    ]
+    if moved:
+        raise ValueError(
+            "`warm_start`: the routing differs. These leaves moved:\n"
+            + "\n".join(moved)
+            + "\nBuild the new optimiser with the old routing, or start with "
+            "`tx.init(params)`."
+        )
+
+
+def _check_unambiguous(new: list[Entry], old: list[Entry]) -> None:
+    """Require that components of one kind in one group are equally many in both."""
+
+    def counts(found: list[Entry]) -> dict[tuple[tuple[str, ...], str], int]:
+        numbers: dict[tuple[tuple[str, ...], str], int] = {}
+        for component, _, _ in found:
+            key = component.group, component.kind
+            numbers[key] = max(numbers.get(key, 0), component.number + 1)
+        return numbers
+
+    before, now = counts(old), counts(new)
+    for key in before.keys() & now.keys():
+        group, kind = key
+        if before[key] != now[key] and kind not in _NEVER_CARRIED:
+            raise ValueError(
+                f"`warm_start`: {_title(Component(group, kind, 0))} occurs "
+                f"{before[key]} times in the old state and {now[key]} times in the new "
+                "one, so nothing says which goes on as which. Keep their number."
+            )
+
+
+def _with_average(old_state: Any, new_state: Any, params: Params) -> Any:
+    """The old state, its Schedule-Free averages written out where the new has them."""
+    old_ones, new_ones = (
+        schedule_free_states(old_state),
+        schedule_free_states(new_state),
+    )
+    wanted = any(one.x is not None for one in new_ones)
+    if not wanted and new_ones and any(_unrecoverable(one) for one in old_ones):
+        raise ValueError(
+            "`warm_start`: the old `schedule_free` ran with `b1`=0, so its average "
+            "can't be recovered from the parameters, and the new one does not keep it. "
+            "Build the new one with `keep_average=True`."
+        )
+    leaves = dict(jax.tree_util.tree_flatten_with_path(params)[0])
+
+    def complete(node: Any) -> Any:
+        if not isinstance(node, ScheduleFreeState) or node.x is not None:
+            return node
+        own = jax.tree_util.tree_map_with_path(lambda path, _: leaves[path], node.z)
+        return node._replace(x=average_of(node, own))
+
+    if not wanted:
+        return old_state
+    return jax.tree.map(
+        complete, old_state, is_leaf=lambda node: isinstance(node, ScheduleFreeState)
+    )
+
+
+def _unrecoverable(state: ScheduleFreeState) -> bool:
+    """Whether only the state itself holds its average."""
+    return state.x is not None and float(np.asarray(state.b1)) == 0.0
+
+
+def _named_tuples(params: Params) -> set[type]:
+    """The NamedTuple classes that the parameters are kept in."""
+    own = {type(params)} if is_named_tuple(params) else set()
+    children = children_of(params) or []
+    return own.union(*(_named_tuples(child) for _, child in children))
+
+
+def _fields(found: list[Entry]) -> dict[Component, set[str]]:
+    """Every component, and which of its fields have leaves."""
+    components: dict[Component, set[str]] = {}
+    for entry in found:
+        components.setdefault(entry.component, set()).add(_field(entry))
+    return components
+
+
+def _field(entry: Entry) -> str:
+    """The field of a component that holds a leaf."""
+    return path_name(entry.path[:1])
+
+
+def _title(component: Component) -> str:
+    """A component as errors and reports name it."""
+    number = f" #{component.number + 1}" if component.number else ""
+    return "/".join((*component.group, component.kind or "state")) + number
+
+
+def _listed(groups: set[str]) -> str:
+    return ", ".join(repr(group) for group in sorted(groups))
+
+
+def _unique(names: list[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(names))

@@ -1,0 +1,100 @@
+"""Small models for the tests of the DiT, and the recording of the published one."""
+
+import functools
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fusionopt_jax import dit
+
+DATA = pathlib.Path(__file__).parents[1] / "data"
+
+CONFIG = dit.DiTConfig(
+    input_size=4,
+    patch_size=2,
+    in_channels=3,
+    hidden_size=16,
+    depth=3,
+    num_heads=2,
+    num_classes=10,
+    learn_sigma=False,
+)
+
+
+def random_params(config: dit.DiTConfig, seed: int = 0) -> Any:
+    """Parameters without zeros, so that every weight moves the output."""
+    generator = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda: dit.init_params(config))
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(
+            generator.normal(0, 0.25, leaf.shape).astype(np.float32)
+        ),
+        shapes,
+    )
+
+
+class Batch(NamedTuple):
+    """What `apply` takes beside parameters and config."""
+
+    images: jax.Array
+    times: jax.Array
+    labels: jax.Array
+
+
+def random_batch(config: dit.DiTConfig, size: int = 3, seed: int = 1) -> Batch:
+    """Images, times and labels; the first label is the null label if there is one."""
+    generator = np.random.default_rng(seed)
+    shape = (size, config.input_size, config.input_size, config.in_channels)
+    labels = generator.integers(0, config.num_classes, size)
+    labels[0] = config.num_labels - 1
+    return Batch(
+        jnp.asarray(generator.normal(size=shape).astype(np.float32)),
+        jnp.asarray(generator.uniform(0, 999, size).astype(np.float32)),
+        jnp.asarray(labels, jnp.int32),
+    )
+
+
+run = jax.jit(
+    dit.apply,
+    static_argnums=1,
+    static_argnames=("dtype", "unroll", "remat", "attention"),
+)
+
+
+class Golden(NamedTuple):
+    """The recorded network: its weights, and every other array by its recorded name."""
+
+    params: Any
+    config: dit.DiTConfig
+    arrays: dict[str, np.ndarray]
+
+    def nhwc(self, name: str) -> np.ndarray:
+        """An image array with channels last."""
+        return self.arrays[name].transpose(0, 2, 3, 1)
+
+
+@functools.cache
+def golden() -> Golden:
+    """Outputs of the published PyTorch model with random weights.
+
+    To keep the file small, weights are stored to 17 bits behind the leading one, as
+    four planes of bytes; that moves the output by 3e-6. Gradients are stored as 200
+    evenly spaced entries and a norm, intermediates for two of eight images, and the
+    cache table for three steps and three labels.
+    """
+    with np.load(DATA / "dit_small.npz") as file:
+        arrays = {name: file[name] for name in file.files}
+    shapes = json.loads(str(arrays.pop("names")))
+    planes = np.ascontiguousarray(arrays.pop("weight_bytes").T)
+    flat = planes.reshape(-1).view("<f4")
+    weights, start = {"pos_embed": arrays.pop("pos_embed")}, 0
+    for name, shape in shapes.items():
+        stop = start + int(np.prod(shape))
+        weights[name] = flat[start:stop].reshape(shape)
+        start = stop
+    params, config = dit.from_pytorch(weights, num_heads=4)
+    return Golden(params, config, arrays)

@@ -1,0 +1,157 @@
+"""The diffusion transformer in float64 NumPy, one image and one head at a time.
+
+Written from sections 3.1 and 3.2 of Peebles and Xie (arXiv 2212.09748). Parameters have
+the library's names and layout: kernels `(in, out)`, those of the blocks
+`(depth, in, out)`. Nothing is shared with the package.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Tree = dict[str, Any]
+
+
+class Sizes(NamedTuple):
+    """The sizes that the weights do not show, and those that are handy."""
+
+    patch: int
+    heads: int
+    depth: int
+    time_scale: float = 1.0
+
+
+def _linear(params: Tree, x: np.ndarray) -> np.ndarray:
+    kernel, bias = np.float64(params["kernel"]), np.float64(params["bias"])
+    return x @ kernel + bias
+
+
+def _silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+def _gelu(x: np.ndarray) -> np.ndarray:
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def _norm(x: np.ndarray) -> np.ndarray:
+    mean = x.mean(-1, keepdims=True)
+    return (x - mean) / np.sqrt(((x - mean) ** 2).mean(-1, keepdims=True) + 1e-6)
+
+
+def positions(grid: int, width: int) -> np.ndarray:
+    """Entry (row * grid + column) holds the column's waves, then the row's."""
+    table = np.zeros((grid * grid, width))
+    quarter = width // 4
+    for row in range(grid):
+        for column in range(grid):
+            for part, place in enumerate((column, row)):
+                for k in range(quarter):
+                    angle = place / 10000 ** (k / quarter)
+                    start = part * width // 2 + k
+                    table[row * grid + column, start] = math.sin(angle)
+                    table[row * grid + column, start + quarter] = math.cos(angle)
+    return table
+
+
+def time_features(time: float) -> np.ndarray:
+    """128 cosines, then 128 sines."""
+    angles = np.array([time * 10000 ** (-k / 128) for k in range(128)])
+    return np.concatenate([np.cos(angles), np.sin(angles)])
+
+
+def conditioning(params: Tree, time: float, label: int, sizes: Sizes) -> np.ndarray:
+    """SiLU of the sum of the time embedding and the label embedding."""
+    embedder = params["t_embedder"]
+    hidden = _silu(_linear(embedder["fc1"], time_features(time * sizes.time_scale)))
+    table = np.float64(params["y_embedder"]["embedding_table"])
+    return _silu(_linear(embedder["fc2"], hidden) + table[label])
+
+
+def _layer(tree: Tree, index: int) -> Tree:
+    """One block's parameters out of the stacked ones."""
+    return {
+        key: _layer(value, index) if isinstance(value, dict) else value[index]
+        for key, value in tree.items()
+    }
+
+
+def modulators(
+    params: Tree, time: float, label: int, sizes: Sizes
+) -> tuple[np.ndarray, np.ndarray]:
+    """`[depth, 6, D]` and `[2, D]` for one (time, label) pair."""
+    cond = conditioning(params, time, label, sizes)
+    blocks = [
+        _linear(_layer(params["blocks"], i)["adaLN_modulation"], cond).reshape(6, -1)
+        for i in range(sizes.depth)
+    ]
+    final = _linear(params["final_layer"]["adaLN_modulation"], cond).reshape(2, -1)
+    return np.stack(blocks), final
+
+
+def _attention(params: Tree, x: np.ndarray, heads: int) -> np.ndarray:
+    fused = _linear(params["qkv"], x)
+    width = x.shape[1]
+    size = width // heads
+    mixed = np.zeros_like(x)
+    for head in range(heads):
+        q, k, v = (
+            fused[:, part * width + head * size : part * width + (head + 1) * size]
+            for part in range(3)
+        )
+        scores = q @ k.T / math.sqrt(size)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        mixed[:, head * size : (head + 1) * size] = weights @ v
+    return _linear(params["proj"], mixed)
+
+
+def _forward_one(
+    params: Tree, image: np.ndarray, time: float, label: int, sizes: Sizes
+) -> np.ndarray:
+    patch = sizes.patch
+    grid = image.shape[0] // patch
+    block_mods, final_mods = modulators(params, time, label, sizes)
+    tokens = np.stack(
+        [
+            image[r * patch : (r + 1) * patch, c * patch : (c + 1) * patch].ravel()
+            for r in range(grid)
+            for c in range(grid)
+        ]
+    )
+    x = _linear(params["x_embedder"]["proj"], tokens)
+    x = x + positions(grid, x.shape[1])
+    for index in range(sizes.depth):
+        layer = _layer(params["blocks"], index)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = block_mods[index]
+        branch = _norm(x) * (1 + scale_a) + shift_a
+        x = x + gate_a * _attention(layer["attn"], branch, sizes.heads)
+        branch = _norm(x) * (1 + scale_m) + shift_m
+        hidden = _gelu(_linear(layer["mlp"]["fc1"], branch))
+        x = x + gate_m * _linear(layer["mlp"]["fc2"], hidden)
+    x = _norm(x) * (1 + final_mods[1]) + final_mods[0]
+    patches = _linear(params["final_layer"]["linear"], x)
+    out = np.zeros((grid * patch, grid * patch, patches.shape[1] // patch**2))
+    for token, values in enumerate(patches):
+        r, c = divmod(token, grid)
+        out[r * patch : (r + 1) * patch, c * patch : (c + 1) * patch] = values.reshape(
+            patch, patch, -1
+        )
+    return out
+
+
+def forward(
+    params: Tree,
+    images: np.ndarray,
+    times: np.ndarray,
+    labels: np.ndarray,
+    sizes: Sizes,
+) -> np.ndarray:
+    """The output for a batch, `[batch, height, width, channels out]`."""
+    return np.stack(
+        [
+            _forward_one(params, np.float64(image), float(time), int(label), sizes)
+            for image, time, label in zip(images, times, labels, strict=True)
+        ]
+    )

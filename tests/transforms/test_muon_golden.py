@@ -64,7 +64,7 @@ def test_follows_the_published_bf16_code_loosely():
     paths, _, _ = _replay.run(
         muon(golden, hot_dtype="bf16"), golden.params0, golden.grads
     )
-    # Newton-Schulz of one matrix in bf16 is 0.02 to 0.05 from another order of the same
-    # roundings, 0.3 for small singular values. Twelve steps of 0.02 times the scale
-    # (1.7 for the kernel) add up like a random walk; the weights travel 0.15 to 0.28.
-    _compare.assert_follows(golden, paths, tolerance=0.015)
+    # Two orders of the same roundings to eight bits: the recording ends up to 0.0072 from
+    # the recording in float32, and this run 0.0092, both in the kernel, which travels
+    # 0.28 (the others stay within 0.0063 of each other). Together they are 0.0164 apart.
+    _compare.assert_follows(golden, paths, tolerance=0.02)

@@ -130,7 +130,7 @@ def fusion_opt(
         defaults of `momentum`, `b1` and `r` are the ones that did best on this
         library's own training example.
     """
-    chosen = _checked_components(components)
+    chosen = checked_components(components)
     routing = Routing() if routing is None else routing
     if not isinstance(routing, Routing):
         raise TypeError(f"`routing` must be a Routing, got {routing!r}.")
@@ -195,7 +195,7 @@ def fusion_opt(
 _TINY = 1e-12
 
 
-def _checked_components(components: Iterable[str]) -> frozenset[str]:
+def checked_components(components: Iterable[str]) -> frozenset[str]:
     """The chosen components, each of which exists."""
     if isinstance(components, str):
         raise TypeError(

@@ -29,12 +29,12 @@ from fusionopt_jax.transforms.snr_gate import SNRGateState, snr_gate
 __version__ = "0.1.0"
 
 __all__ = [
-    "KLShampooState",
     "AccumulateState",
     "CautiousDecayState",
     "CautiousState",
     "GainState",
     "HyperballState",
+    "KLShampooState",
     "MONAState",
     "MatrixAxes",
     "NS5State",
@@ -54,8 +54,8 @@ __all__ = [
     "fast_params",
     "fusion_opt",
     "hyperball",
-    "measure_gain",
     "kl_shampoo",
+    "measure_gain",
     "mona",
     "normuon",
     "ns5",

@@ -1,0 +1,233 @@
+r"""Kronecker factors of a stack of matrices: statistics, eigenbases, inverse roots.
+
+One stack of matrices in, one out: no trees, no schedule, no Optax. Every stack is
+`(b, m, n)`. A side of it has a factor :math:`S` `(b, d, d)`, an orthonormal basis
+:math:`Q` `(b, d, d)` that tracks the eigenvectors of :math:`S`, and eigenvalues
+:math:`\lambda` `(b, d)`; `a` is the side of the rows, `c` that of the columns:
+
+.. math::
+    S_a \leftarrow b S_a + (1-b)\,G S_c^{-1} G^\top / n, \qquad
+    \lambda_a \leftarrow b \lambda_a + (1-b)\,
+        \operatorname{mean}_j\bigl((Q_a^\top G Q_c)_{ij}^2 / \lambda_{c,j}\bigr),
+
+with rows and columns exchanged for the other side. A side that is `None` is the
+identity.
+"""
+
+from typing import Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Orthonormalisation: TypeAlias = Literal["auto", "qr", "cholesky_qr"]
+Stack: TypeAlias = Float[Array, "b m n"]
+SquareStack: TypeAlias = Float[Array, "b d d"]
+Values: TypeAlias = Float[Array, "b d"]
+Number: TypeAlias = float | Float[Array, ""]
+
+ORTHONORMALISATIONS: tuple[Orthonormalisation, ...] = ("auto", "qr", "cholesky_qr")
+
+# Directions with an eigenvalue below this share of the mean one are rounding error of
+# S Q in fp32; the shift keeps them where they were.
+_RELATIVE_SHIFT = 1e-6
+
+# Two Cholesky passes leave about 1e-6 where they work; where they do not, the columns
+# were dependent to within fp32.
+_ORTHOGONALITY_LIMIT = 1e-4
+
+
+class Side(NamedTuple):
+    """The eigenbasis of one side of a stack of matrices."""
+
+    basis: SquareStack
+    values: Values
+
+
+def product(A: Array, B: Array, precision: jax.lax.Precision) -> Array:
+    """A B in fp32."""
+    return jnp.matmul(
+        A, B, precision=precision, preferred_element_type=jnp.dtype(jnp.float32)
+    )
+
+
+def gram(
+    X: Stack, weights: Float[Array, "b n"] | None, precision: jax.lax.Precision
+) -> Float[Array, "b m m"]:
+    """X diag(weights) Xᵀ."""
+    scaled = X if weights is None else X * jnp.sqrt(weights)[:, None, :]
+    return product(scaled, scaled.mT, precision)
+
+
+def inverse(values: Array) -> Array:
+    """One over each value, and 0 for 0."""
+    positive = values > 0
+    return jnp.where(positive, 1 / jnp.where(positive, values, 1), 0)
+
+
+def power(values: Array, exponent: Number) -> Array:
+    """Each value to a power, and 0 for 0."""
+    positive = values > 0
+    return jnp.where(positive, jnp.where(positive, values, 1) ** exponent, 0)
+
+
+def rotated(
+    X: Stack, a: Side | None, c: Side | None, precision: jax.lax.Precision
+) -> Stack:
+    """Q_aᵀ X Q_c."""
+    if c is not None:
+        X = product(X, c.basis, precision)
+    if a is not None:
+        X = product(a.basis.mT, X, precision)
+    return X
+
+
+def precondition(
+    M: Stack,
+    a: Side | None,
+    c: Side | None,
+    *,
+    exponent: Number,
+    eps: Float[Array, "b 1 1"],
+    precision: jax.lax.Precision,
+) -> Stack:
+    """Q_a [(Q_aᵀ M Q_c) / (1/s + eps)] Q_cᵀ, s the outer product of λ^exponent."""
+    if a is None or c is None:
+        # One side: the smaller product first, (Q diag Qᵀ) M.
+        side, matrix = (c, M.mT) if a is None else (a, M)
+        if side is None:
+            return M
+        scale = power(side.values, exponent)[:, None, :]
+        scale = scale / (1 + scale * eps)
+        root = product(side.basis * scale, side.basis.mT, precision)
+        result = product(root, matrix, precision)
+        return result.mT if a is None else result
+    scale = (
+        power(a.values, exponent)[:, :, None] * power(c.values, exponent)[:, None, :]
+    )
+    inner = rotated(M, a, c, precision) * (scale / (1 + scale * eps))
+    left = product(a.basis, inner, precision)
+    return product(left, c.basis.mT, precision)
+
+
+def whitened_squares(
+    G: Stack, a: Side | None, c: Side | None, precision: jax.lax.Precision
+) -> tuple[Float[Array, "b m"], Float[Array, "b n"]]:
+    """What one gradient says of the eigenvalues of either side."""
+    squares = jnp.square(rotated(G, a, c, precision))
+    over_columns = squares if c is None else squares * inverse(c.values)[:, None, :]
+    over_rows = squares if a is None else squares * inverse(a.values)[:, :, None]
+    return jnp.mean(over_columns, axis=2), jnp.mean(over_rows, axis=1)
+
+
+def whitened_gram(
+    G: Stack, other: Side | None, precision: jax.lax.Precision
+) -> Float[Array, "b m m"]:
+    """G S_c⁻¹ Gᵀ / n, with S_c read off its eigenbasis."""
+    if other is not None:
+        G = product(G, other.basis, precision)
+    weights = None if other is None else inverse(other.values)
+    return gram(G, weights, precision) / G.shape[-1]
+
+
+def symmetric_power(S: SquareStack, exponent: Number, ridge: Array) -> SquareStack:
+    """(S + ridge I) ** exponent by an eigendecomposition; null directions give 0."""
+    values, vectors = jnp.linalg.eigh(S)
+    scale = power(jnp.maximum(values, 0) + ridge, exponent)
+    return product(vectors * scale[:, None, :], vectors.mT, jax.lax.Precision.HIGHEST)
+
+
+def eigenvectors(S: SquareStack) -> SquareStack:
+    """The eigenvectors of each matrix, as columns, that of the largest value first."""
+    return jnp.linalg.eigh(S)[1][:, :, ::-1]
+
+
+def resolve_orthonormalisation(
+    method: Orthonormalisation,
+) -> Literal["qr", "cholesky_qr"]:
+    """`"auto"` made definite: QR on CPUs, Cholesky-QR elsewhere.
+
+    LAPACK's QR is quick; accelerators go through a stack of QRs one column at a time,
+    and through Cholesky-QR with matrix products.
+    """
+    if method != "auto":
+        return method
+    return "qr" if jax.default_backend() == "cpu" else "cholesky_qr"
+
+
+def power_step(
+    S: SquareStack,
+    Q: SquareStack,
+    method: Literal["qr", "cholesky_qr"],
+    precision: jax.lax.Precision,
+) -> SquareStack:
+    """The orthonormal factor of S Q: one step towards the eigenvectors of S.
+
+    A matrix of zeros has none to go to, and keeps its basis.
+    """
+    Y = product(S, Q, precision)
+    if method == "cholesky_qr":
+        trace = jnp.trace(S, axis1=1, axis2=2)[:, None, None]
+        Y = Y + (_RELATIVE_SHIFT / S.shape[-1]) * trace * Q
+        stepped = _cholesky_qr(Y, precision)
+    else:
+        stepped = jnp.linalg.qr(Y)[0]
+    learnt = jnp.any(S != 0, axis=(1, 2), keepdims=True)
+    return jnp.where(learnt, stepped, Q)
+
+
+def _cholesky_qr(Y: SquareStack, precision: jax.lax.Precision) -> SquareStack:
+    """The Q of a QR factorisation by two Cholesky passes, by QR where they break down.
+
+    Scaled columns have the same Q; those of S Q are then nearly orthonormal, however
+    large the condition of S, once Q is near its eigenvectors.
+    """
+    norms = jnp.sqrt(jnp.sum(Y * Y, axis=1, keepdims=True))
+    Q = Y / jnp.where(norms > 0, norms, 1)
+    for _ in range(2):
+        lower = jax.lax.linalg.cholesky(product(Q.mT, Q, precision))
+        Q = jax.lax.linalg.triangular_solve(lower, Q, lower=True, transpose_a=True)
+    error = jnp.max(jnp.abs(product(Q.mT, Q, precision) - jnp.eye(Q.shape[-1])[None]))
+    # The comparison is false for NaN as well.
+    return jax.lax.cond(
+        error < _ORTHOGONALITY_LIMIT, lambda: Q, lambda: jnp.linalg.qr(Y)[0]
+    )
+
+
+def packed_shape(d: int) -> tuple[int, int]:
+    """The shape in which `pack_symmetric` keeps a symmetric d × d matrix."""
+    even = d + d % 2
+    return even + 1, even // 2
+
+
+def pack_symmetric(S: SquareStack) -> Float[Array, "b rows half"]:
+    """The lower triangle of each matrix as a rectangle of half the size.
+
+    With halves of size h = d/2, the lower triangle of the last h rows and columns is
+    turned into the corner that the lower triangle of the first h columns leaves free
+    when it is moved down by one row. An odd d is padded with zeros.
+    """
+    d = S.shape[-1]
+    rows, half = packed_shape(d)
+    padded = jnp.pad(S, ((0, 0), (0, d % 2), (0, d % 2)))
+    first = jnp.pad(padded[:, :, :half], ((0, 0), (1, 0), (0, 0)))
+    last = jnp.pad(padded[:, half:, half:].mT, ((0, 0), (0, rows - half), (0, 0)))
+    return jnp.where(_corner(rows, half), last, first)
+
+
+def unpack_symmetric(packed: Float[Array, "b rows half"], d: int) -> SquareStack:
+    """The inverse of `pack_symmetric`."""
+    half = packed_shape(d)[1]
+    below, corner = packed[:, 1:], _corner(half, half)
+    # Row i, column j of the packed corner is row j, column i of the last block.
+    last = jnp.where(corner, packed[:, :half], packed[:, :half].mT)
+    first = jnp.where(corner.mT, below[:, :half], below[:, :half].mT)
+    cross = below[:, half:]
+    left = jnp.concatenate([first, cross], axis=1)
+    right = jnp.concatenate([cross.mT, last], axis=1)
+    return jnp.concatenate([left, right], axis=2)[:, :d, :d]
+
+
+def _corner(rows: int, columns: int) -> Array:
+    """Where the row's number is at most the column's."""
+    return (jnp.arange(rows)[:, None] <= jnp.arange(columns)[None, :])[None]

@@ -1,0 +1,349 @@
+r"""Shampoo whose two factors whiten each other, around any momentum.
+
+With :math:`g` the raw gradient, :math:`M` what the inner transformation makes of it,
+and :math:`S_a = Q_a \operatorname{diag}(\lambda_a) Q_a^\top` for either side:
+
+.. math::
+    U = S_a^{-1/2} M S_c^{-1/2}, \qquad
+    S_a \leftarrow b S_a + (1-b)\, g S_c^{-1} g^\top / n, \qquad
+    S_c \leftarrow b S_c + (1-b)\, g^\top S_a^{-1} g / m .
+
+The eigenvalues are renewed at every step, the eigenbases by one power step and one
+orthonormalisation every few steps.
+"""
+
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fusionopt_jax._checks import (
+    check_choice,
+    check_count,
+    check_decay_rate,
+    check_non_negative,
+    check_number,
+    check_positive,
+)
+from fusionopt_jax._eigenbasis import ORTHONORMALISATIONS, Orthonormalisation
+from fusionopt_jax._kronecker import (
+    BATCHINGS,
+    FIRST_BASES,
+    SCALINGS,
+    SIDES,
+    STATISTICS,
+    Batching,
+    FirstBasis,
+    Pair,
+    Scaling,
+    Settings,
+    Sides,
+    SideState,
+    Statistics,
+    first_pair,
+    gram_step,
+    group_count,
+    kl_step,
+    renewed_bases,
+)
+from fusionopt_jax._linalg import frobenius_norm
+from fusionopt_jax._optax import TransformLike, accepting_extra_args, transformation
+from fusionopt_jax._types import Count, Params
+from fusionopt_jax.routing import Routing, matrix_views
+
+FirstStep: TypeAlias = Literal["pass", "skip"]
+
+FIRST_STEPS: tuple[FirstStep, ...] = ("pass", "skip")
+
+# What FusionOpt adds to the diagonal of its factors.
+_GRAM_DAMPING = 1e-4
+
+
+class KLShampooState(NamedTuple):
+    """State of `kl_shampoo`.
+
+    Every field but the first and the last is a tree like the parameters, with one array
+    for each leaf: `d` is the length of the matrices' input (or output) side. A side
+    that has no factor holds `optax.MaskedNode()`.
+
+    Attributes:
+        count: Updates so far.
+        input_factors: Symmetric factors of the input side, fp32, each kept as the
+            lower triangle in a rectangle `(matrices, d + 1, d / 2)` (d rounded up to
+            even).
+        output_factors: The same of the output side.
+        input_bases: `(matrices, d, d)`, fp32: orthonormal bases, their vectors as
+            columns; with `statistics="gram"` the powers of the factors.
+        output_bases: The same of the output side.
+        input_eigenvalues: `(matrices, d)`, fp32; none with `statistics="gram"`.
+        output_eigenvalues: The same of the output side.
+        inner_state: The state of the inner transformation.
+    """
+
+    count: Count
+    input_factors: Params
+    output_factors: Params
+    input_bases: Params
+    output_bases: Params
+    input_eigenvalues: Params
+    output_eigenvalues: Params
+    inner_state: Any
+
+
+def kl_shampoo(
+    inner: TransformLike | None = None,
+    *,
+    routing: Routing | None = None,
+    b2: float = 0.98,
+    statistics: Statistics = "kl",
+    exponent: float | None = None,
+    sides: Sides = "auto",
+    update_every: int = 10,
+    stagger: bool = True,
+    restore_norm: bool = False,
+    first_step: FirstStep = "pass",
+    first_basis: FirstBasis = "identity",
+    eps: float = 1e-8,
+    damping: float | None = None,
+    scaling: Scaling = "relative",
+    init_factor: float | None = None,
+    max_inverse_root: float | None = 4000.0,
+    orthonormalisation: Orthonormalisation = "auto",
+    batching: Batching = "auto",
+    precision: jax.lax.Precision = jax.lax.Precision.HIGHEST,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Whitens what an inner momentum returns, by factors of the raw gradients.
+
+    .. math::
+        U = Q_a\left[\frac{(Q_a^\top M Q_c)\odot s}{1 + \epsilon s}\right]Q_c^\top,
+        \qquad s = \lambda_a^{p}\,(\lambda_c^{p})^\top, \quad p = -\tfrac12,
+
+    with the bases and eigenvalues of the step before; then, with the raw gradient
+    :math:`g` of :math:`m \times n`,
+
+    .. math::
+        S_a \leftarrow b_2 S_a + (1-b_2)\, g S_c^{-1} g^\top / n, \qquad
+        \lambda_a \leftarrow b_2 \lambda_a + (1-b_2)\operatorname{mean}_j
+            \bigl((Q_a^\top g\, Q_c)_{ij}^2 / \lambda_{c,j}\bigr),
+
+    the same for :math:`c` with rows and columns exchanged, and every `update_every`
+    steps :math:`Q_a \leftarrow \operatorname{orth}(S_a Q_a)`. A side that is left out
+    is the identity. No eigendecomposition is taken (but see `first_basis`).
+
+    `statistics="gram"` is plain Shampoo instead:
+    :math:`L \leftarrow b_2 L + (1-b_2)\, g g^\top`,
+    :math:`R \leftarrow b_2 R + (1-b_2)\, g^\top g`,
+    :math:`U = (L + \delta I)^p M (R + \delta I)^p`, with powers taken by an
+    eigendecomposition every `update_every` steps, the first one included.
+
+    Args:
+        inner: An Optax transformation, such as `optax.trace(0.95)`; it sees the raw
+            gradients, and its updates are preconditioned. `None`: the gradients are.
+        routing: Where the matrices of a leaf come from; without one, `(in, out)` over
+            the last two axes.
+        b2: Decay rate of factors and eigenvalues, :math:`b_2`, in [0, 1).
+        statistics: `"kl"` (coupled factors) or `"gram"` (plain Shampoo).
+        exponent: :math:`p`, of each side. `None` takes -1/2 for `"kl"`; for `"gram"`
+            -1/4 with two sides and -1/2 with one, as Shampoo does.
+        sides: `"both"`; `"small"` keeps a factor of the shorter side alone (of the
+            input side of a square matrix); `"auto"` keeps both where the longer side is
+            below 1.5 times the shorter, and the small one elsewhere, for at most
+            13 bytes a parameter, 12 for square matrices, 3 at an aspect ratio of 2.
+        update_every: Steps between two renewals of a basis (of a power), at least 1.
+        stagger: Renew the bases of different matrices at different steps, so that no
+            step pays for all of them; `False` renews all at multiples of
+            `update_every`, as the published code does.
+        restore_norm: Give each matrix back the Frobenius norm that `inner` gave it, as
+            SOAP-Muon does before `ns5`.
+        first_step: At the very first update there are no statistics yet. `"pass"`
+            returns the matrices as `inner` gives them, divided by the gradients' root
+            mean square (times `init_factor`). `"skip"` returns zeros and doesn't run
+            `inner`, as the published code does. Without effect on `"gram"`.
+        first_basis: `"identity"` starts from the axes and needs no eigendecomposition;
+            `"eigh"` takes the eigenvectors of the first factor, as the published code
+            does, which puts a decomposition into a branch of the program.
+        eps: :math:`\epsilon`, added to :math:`1/s`. Of no effect on `"gram"`.
+        damping: Added to :math:`g g^\top` (once for each element of the other side) in
+            the eigenvalues of `"kl"`; :math:`\delta` of `"gram"`. `None` takes 0 and
+            1e-4.
+        scaling: `"relative"` measures `eps`, `damping`, `init_factor` and
+            `max_inverse_root` in the gradients' own scale: the direction doesn't change
+            when all gradients are multiplied by a constant. `"absolute"` takes them as
+            they are, as the published codes do.
+        init_factor: First eigenvalue; `None` takes the published 0.1 where `scaling` is
+            absolute, and 1, by which the first update has the size of later ones, where
+            it is relative (in units of the gradients' root mean square).
+        max_inverse_root: :math:`1/\sqrt\lambda` is kept below max(10, min(d, this)) for
+            a side of length d, relative to the root of the mean eigenvalue or
+            absolutely. `None` sets no bound.
+        orthonormalisation: `"qr"`; `"cholesky_qr"`, twice over, with QR where that
+            breaks down; `"auto"` takes QR on CPUs and Cholesky-QR elsewhere.
+        batching: `"loop"` goes through the matrices of a leaf in a compiled loop, by
+            which temporary memory is one matrix's; `"batch"` takes them at once;
+            `"auto"` loops on CPUs.
+        precision: Of the matrix products. Less than the highest lets GPUs shorten
+            operands to TF32, which turns the bases by large angles.
+
+    Returns:
+        A transformation whose updates have the shapes and dtypes of the inner one's. It
+        returns a direction: positive sign, no learning rate, no decay. With `"kl"` its
+        root mean square is near that of a whitened gradient, 1.
+
+    Raises:
+        ValueError: If a setting is out of range, or a leaf has no matrices.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, fusionopt_jax as fo
+        >>> tx = optax.chain(fo.kl_shampoo(optax.trace(0.95)), fo.ns5())
+        >>> gradient = {"kernel": jnp.ones((4, 6)).at[0, 0].set(3.0)}
+        >>> update, state = tx.update(gradient, tx.init(gradient))
+        >>> update["kernel"].shape
+        (4, 6)
+
+    Source:
+        Lin et al., *Understanding and Improving Shampoo and SOAP via Kullback–Leibler
+        Minimization*, arXiv 2509.03378, Claims 2 and 3, and its code (yorkerlin/
+        KL-Methods, `kl_opt.py`): `scaling="absolute"`, `stagger=False`,
+        `sides="both"`, `first_basis="eigh"`, `first_step="skip"` reproduce it for
+        matrices (it bounds the root by 4000 and starts at 0.1 as well); its
+        `using_damping` is `damping=eps`. Where it takes a tensor of three axes for a
+        product of three factors, this takes a stack of matrices. Gupta et al.,
+        *Shampoo*, arXiv 1802.09568 (`"gram"`). One side alone with exponent -1/2 is
+        *ASGO*, arXiv 2503.20762.
+    """
+    check_decay_rate("b2", b2)
+    check_choice("statistics", statistics, STATISTICS)
+    check_choice("sides", sides, SIDES)
+    check_choice("scaling", scaling, SCALINGS)
+    check_choice("first_basis", first_basis, FIRST_BASES)
+    check_choice("first_step", first_step, FIRST_STEPS)
+    check_choice("orthonormalisation", orthonormalisation, ORTHONORMALISATIONS)
+    check_choice("batching", batching, BATCHINGS)
+    check_count("update_every", update_every, low=1)
+    check_non_negative("eps", eps)
+    if exponent is not None:
+        check_number("exponent", exponent)
+    if damping is None:
+        damping = 0.0 if statistics == "kl" else _GRAM_DAMPING
+    check_non_negative("damping", damping)
+    if init_factor is None:
+        init_factor = 0.1 if scaling == "absolute" else 1.0
+    check_positive("init_factor", init_factor)
+    if max_inverse_root is not None:
+        check_positive("max_inverse_root", max_inverse_root)
+    settings = Settings(
+        b2=b2,
+        statistics=statistics,
+        exponent=exponent,
+        sides=sides,
+        update_every=update_every,
+        stagger=stagger,
+        eps=eps,
+        damping=damping,
+        scaling=scaling,
+        init_factor=init_factor,
+        max_inverse_root=max_inverse_root,
+        first_basis=first_basis,
+        orthonormalisation=orthonormalisation,
+        batching=batching,
+        precision=precision,
+    )
+    momentum = accepting_extra_args(optax.identity() if inner is None else inner)
+    skips = first_step == "skip" and statistics == "kl"
+
+    def init_fn(params: Any) -> KLShampooState:
+        views = matrix_views(params, routing, "kl_shampoo")
+        return _assembled(
+            jax.tree.structure(params),
+            [first_pair(view.stack_shape, settings) for view in views],
+            jnp.zeros([], jnp.int32),
+            momentum.init(params),
+        )
+
+    def update_fn(
+        updates: Any, state: KLShampooState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, KLShampooState]:
+        directions, inner_state = momentum.update(
+            updates, state.inner_state, params, **extra_args
+        )
+        first = state.count == 0
+        leaves, treedef = jax.tree.flatten(updates)
+        directions = treedef.flatten_up_to(directions)
+        views = matrix_views(updates, routing, "kl_shampoo")
+        results, pairs, groups = [], [], 0
+        for index, pair in enumerate(_pairs(treedef, state)):
+            view, dtype = views[index], directions[index].dtype
+            gradient = view.to_stack(leaves[index]).astype(jnp.float32)
+            direction = view.to_stack(directions[index]).astype(jnp.float32)
+            if statistics == "kl":
+                result, pair = kl_step(gradient, direction, pair, first, settings)
+                pair = renewed_bases(pair, state.count, groups, settings)
+            else:
+                result, pair = gram_step(
+                    gradient, direction, pair, state.count, groups, settings
+                )
+            if restore_norm:
+                norm = frobenius_norm(result)
+                norm = jnp.where(norm > 0, norm, 1)
+                result = result * (frobenius_norm(direction) / norm)
+            if skips:
+                result = jnp.where(first, 0, result)
+            results.append(view.from_stack(result.astype(dtype)))
+            pairs.append(pair)
+            groups += group_count(pair, settings)
+        if skips:
+            inner_state = jax.tree.map(
+                lambda new, old: jnp.where(first, old, new),
+                inner_state,
+                state.inner_state,
+            )
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return (
+            jax.tree.unflatten(treedef, results),
+            _assembled(treedef, pairs, count, inner_state),
+        )
+
+    return transformation(init_fn, update_fn)
+
+
+def _assembled(
+    treedef: Any, pairs: list[Pair], count: Count, inner_state: Any
+) -> KLShampooState:
+    """The state from one pair of sides for each leaf."""
+    no_side = SideState(*[optax.MaskedNode()] * 3)
+
+    def tree(side: Literal[0, 1], field: Literal["factor", "basis", "values"]) -> Any:
+        arrays = [getattr(pair[side] or no_side, field) for pair in pairs]
+        masked = [optax.MaskedNode() if array is None else array for array in arrays]
+        return jax.tree.unflatten(treedef, masked)
+
+    return KLShampooState(
+        count=count,
+        input_factors=tree(0, "factor"),
+        output_factors=tree(1, "factor"),
+        input_bases=tree(0, "basis"),
+        output_bases=tree(1, "basis"),
+        input_eigenvalues=tree(0, "values"),
+        output_eigenvalues=tree(1, "values"),
+        inner_state=inner_state,
+    )
+
+
+def _pairs(treedef: Any, state: KLShampooState) -> list[Pair]:
+    """The pair of sides of each leaf out of the state."""
+
+    def sides(factors: Any, bases: Any, values: Any) -> list[SideState | None]:
+        columns = [treedef.flatten_up_to(tree) for tree in (factors, bases, values)]
+        return [
+            None
+            if isinstance(basis, optax.MaskedNode)
+            else SideState(
+                factor, basis, None if isinstance(value, optax.MaskedNode) else value
+            )
+            for factor, basis, value in zip(*columns, strict=True)
+        ]
+
+    inputs = sides(state.input_factors, state.input_bases, state.input_eigenvalues)
+    outputs = sides(state.output_factors, state.output_bases, state.output_eigenvalues)
+    return list(zip(inputs, outputs, strict=True))

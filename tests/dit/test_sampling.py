@@ -1,0 +1,310 @@
+"""Sampling with a real, small network: the cache changes nothing, errors come early."""
+
+import contextlib
+import dataclasses
+import functools
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fusionopt_jax import dit
+from tests._compare import assert_within
+
+CONFIG = dit.DiTConfig(
+    input_size=4, hidden_size=32, depth=2, num_heads=2, num_classes=10
+)
+# Mixed, repeated, and one null label; three distinct ones are padded to four.
+LABELS = jnp.array([3, 7, 3, 10, 3, 7])
+KEY = jax.random.key(5)
+
+SAMPLERS = {
+    "euler": dit.Sampler.euler(4, shift=2.0),
+    "heun": dit.Sampler.heun(3),
+    "ddpm": dit.Sampler.ddpm("4"),
+    "ddpm_fixed": dit.Sampler.ddpm("4", variance="fixed_small", clip=True),
+    "ddim": dit.Sampler.ddim("ddim4", eta=0.5),
+    "dpm_solver_pp_2m": dit.Sampler.dpm_solver_pp_2m(4),
+}
+
+
+@functools.cache
+def weights(seed=0):
+    """Parameters in which no layer is zero, so that the conditioning matters."""
+    params = dit.init_params(CONFIG, seed=seed)
+    leaves, structure = jax.tree.flatten(params)
+    rng = np.random.default_rng(seed)
+    noisy = [
+        leaf + jnp.asarray(0.05 * rng.standard_normal(leaf.shape), jnp.float32)
+        for leaf in leaves
+    ]
+    return jax.tree.unflatten(structure, noisy)
+
+
+def noise_for(labels, seed=1):
+    return jax.random.normal(jax.random.key(seed), (len(labels), 4, 4, 4))
+
+
+def both_ways(sampler, dtype=jnp.float32, **options):
+    """The same request with a cache and stripped weights, and without."""
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), weights())
+    cache = dit.build_cache(params, CONFIG, sampler.eval_times(), LABELS, dtype=dtype)
+    request = (noise_for(LABELS), LABELS, sampler, 2.0)
+    options = {"key": KEY, "dtype": dtype, **options}
+    cached = dit.sample(
+        dit.strip_modulators(params), CONFIG, cache, *request, **options
+    )
+    return cached, dit.sample(params, CONFIG, None, *request, **options)
+
+
+@contextlib.contextmanager
+def no_compilation():
+    """Fail if anything is compiled inside."""
+    events = []
+
+    def listen(event, duration, **_):
+        if active and "backend_compile" in event:
+            events.append(event)
+
+    active = True
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield
+    active = False
+    assert not events, f"{len(events)} programs were compiled"
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_cache_changes_nothing(name):
+    cached, fresh = both_ways(SAMPLERS[name])
+    # One matrix product per block against one per step: sums in another order.
+    # Unclipped trajectories of random weights reach hundreds: relative to the largest.
+    scale = max(1.0, float(jnp.abs(fresh).max()))
+    assert_within(cached / scale, fresh / scale, 1e-5)
+    assert float(jnp.abs(fresh).max()) > 0.1
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "ddpm_fixed"])
+def test_the_cache_changes_little_in_half_precision(name):
+    cached, fresh = both_ways(SAMPLERS[name], jnp.bfloat16)
+    # The table keeps eight bits; a row's rounding error, 2^-9, moves every layer.
+    scale = max(1.0, float(jnp.abs(fresh).max()))
+    assert_within(cached / scale, fresh / scale, 2e-2)
+
+
+def test_conditioning_matters():
+    sampler = SAMPLERS["euler"]
+    run = functools.partial(dit.sample, weights(), CONFIG, None)
+    noise = jnp.repeat(noise_for([0]), 6, axis=0)
+    images = run(noise, LABELS, sampler, 2.0)
+    assert_within(images[0], images[2], 1e-5, "same label")
+    assert float(jnp.abs(images[0] - images[1]).max()) > 1e-3
+
+
+def test_another_request_of_the_same_bucket_compiles_nothing():
+    sampler = SAMPLERS["euler"]
+    params = weights()
+    stripped = dit.strip_modulators(params)
+
+    def request(labels, seed, scale):
+        labels = np.array(labels, np.int32)
+        cache = dit.build_cache(params, CONFIG, sampler.eval_times(), labels)
+        noise = noise_for(labels, seed)
+        return dit.sample(stripped, CONFIG, cache, noise, labels, sampler, scale)
+
+    request([3, 7, 3, 10, 3, 7], 1, 2.0)
+    with no_compilation():
+        request([1, 2, 5, 5, 5, 5], 2, 4.5)
+
+
+def test_a_new_progress_callback_compiles_nothing():
+    sampler, labels = SAMPLERS["euler"], LABELS
+
+    def run(callback):
+        noise = noise_for(labels)
+        return dit.sample(
+            weights(), CONFIG, None, noise, labels, sampler, 1.0, progress=callback
+        )
+
+    first, second = [], []
+    run(lambda *call: first.append(call))
+    with no_compilation():
+        run(lambda *call: second.append(call))
+    # Callbacks of a program may come out of order.
+    assert sorted(first) == sorted(second) == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_guidance_of_scale_one_is_none():
+    sampler = SAMPLERS["euler"]
+    run = functools.partial(dit.sample, weights(), CONFIG, None, noise_for(LABELS))
+    plain = run(LABELS, sampler, 1.0)
+    # Rounding of base + 1 * (conditional - base).
+    assert_within(run(LABELS, sampler, jnp.float32(1.0)), plain, 1e-5)
+    mixed = run(LABELS, sampler, jnp.array([1.0, 3.0, 1.0, 3.0, 1.0, 3.0]))
+    assert_within(mixed[::2], plain[::2], 1e-5, "scale 1")
+    strong = run(LABELS, sampler, 3.0)
+    assert_within(mixed[1::2], strong[1::2], 1e-5, "scale 3")
+
+
+def test_three_guided_channels_leave_the_fourth_to_the_label():
+    sampler = dit.Sampler.euler(1)
+    run = functools.partial(dit.sample, weights(), CONFIG, None, noise_for(LABELS))
+    plain = run(LABELS, sampler, 1.0)
+    three = run(LABELS, sampler, 4.0, cfg_channels=3)
+    every = run(LABELS, sampler, 4.0)
+    # Batches of 6 and of 12: sums in another order.
+    assert_within(three[..., 3], plain[..., 3], 1e-5)
+    assert_within(three[..., :3], every[..., :3], 1e-5)
+    assert float(jnp.abs(every[..., 3] - plain[..., 3]).max()) > 1e-3
+
+
+def test_guidance_interval_limits_guidance():
+    sampler = dit.Sampler.euler(2)
+    run = functools.partial(dit.sample, weights(), CONFIG, None, noise_for(LABELS))
+    plain, strong = run(LABELS, sampler, 1.0), run(LABELS, sampler, 3.0)
+    never = run(LABELS, sampler, 3.0, guidance_interval=(0.0, 0.1))
+    always = run(LABELS, sampler, 3.0, guidance_interval=(0.5, 1.0))
+    first = run(LABELS, sampler, 3.0, guidance_interval=(0.6, 1.0))
+    assert_within(never, plain, 1e-5)
+    assert_within(always, strong, 1e-5)
+    assert float(jnp.abs(first - plain).max()) > 1e-3
+    assert float(jnp.abs(first - strong).max()) > 1e-3
+
+
+def test_previews_come_back_on_request():
+    request = (noise_for(LABELS), LABELS, SAMPLERS["euler"], 1.0)
+    samples = dit.sample(weights(), CONFIG, None, *request, previews=2)
+    assert samples.previews.shape == (2, 6, 4, 4, 4)
+    assert_within(samples.previews[-1], samples.images, 1e-5)
+    assert_within(samples.images, dit.sample(weights(), CONFIG, None, *request), 1e-5)
+
+
+def test_noise_is_kept_unless_donated():
+    request = (weights(), CONFIG, None)
+    sampler = SAMPLERS["euler"]
+    noise = noise_for(LABELS)
+    kept = dit.sample(*request, noise, LABELS, sampler, 1.0)
+    assert not noise.is_deleted()
+    donated = dit.sample(*request, noise, LABELS, sampler, 1.0, donate=True)
+    assert noise.is_deleted()
+    np.testing.assert_array_equal(kept, donated)
+
+
+def test_a_batch_sharded_over_devices_stays_so():
+    sampler = SAMPLERS["heun"]
+    labels = jnp.arange(8)
+    noise = noise_for(labels)
+    params = weights()
+    cache = dit.build_cache(params, CONFIG, sampler.eval_times(), labels)
+    stripped = dit.strip_modulators(params)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.NamedSharding(mesh, jax.P("data"))
+    whole = jax.sharding.NamedSharding(mesh, jax.P())
+    spread = dit.sample(
+        jax.device_put(stripped, whole),
+        CONFIG,
+        jax.device_put(cache, whole),
+        jax.device_put(noise, rows),
+        jax.device_put(labels, rows),
+        sampler,
+        2.0,
+    )
+    assert spread.sharding.is_equivalent_to(rows, 4)
+    single = dit.sample(stripped, CONFIG, cache, noise, labels, sampler, 2.0)
+    # A batch of two per device against one of sixteen: sums in another order.
+    assert_within(spread, single, 1e-5)
+
+
+def test_can_be_called_inside_a_jitted_function():
+    sampler = SAMPLERS["euler"]
+    cache = dit.build_cache(weights(), CONFIG, sampler.eval_times(), LABELS)
+
+    @jax.jit
+    def run(params, cache, noise, labels):
+        return dit.sample(params, CONFIG, cache, noise, labels, sampler, 2.0)
+
+    request = (weights(), cache, noise_for(LABELS), LABELS)
+    outer = dit.sample(weights(), CONFIG, cache, *request[2:], sampler, 2.0)
+    assert_within(run(*request), outer, 1e-5)
+    unknown = run(*request[:3], LABELS.at[1].set(9))
+    # An unknown label can't be an error here; it must not be another label's image.
+    assert bool(jnp.isnan(unknown[1]).all())
+    assert bool(jnp.isfinite(unknown[0]).all())
+
+
+def test_a_cache_that_does_not_fit_is_refused():
+    sampler = SAMPLERS["euler"]
+    params = weights()
+    cache = dit.build_cache(params, CONFIG, sampler.eval_times(), LABELS)
+    noise = noise_for(LABELS)
+    stripped = dit.strip_modulators(params)
+    other = jax.tree.map(lambda leaf: 0.999 * leaf, params)
+    cases = {
+        "times": (stripped, LABELS, dit.Sampler.euler(4)),
+        "steps": (stripped, LABELS, dit.Sampler.euler(5)),
+        "label": (stripped, LABELS.at[0].set(4), sampler),
+        "weights": (other, LABELS, sampler),
+    }
+    for words, (weights_in_use, labels, walk) in cases.items():
+        with pytest.raises(dit.StaleCacheError, match=words):
+            dit.sample(weights_in_use, CONFIG, cache, noise, labels, walk)
+    other_config = dataclasses.replace(CONFIG, time_scale=0.5)
+    with pytest.raises(dit.StaleCacheError, match="time_scale"):
+        dit.sample(stripped, other_config, cache, noise, LABELS, sampler)
+
+
+PLAIN = dataclasses.replace(CONFIG, learn_sigma=False)
+UNGUIDED = dataclasses.replace(CONFIG, class_dropout_prob=0.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "words"),
+    [
+        ({"labels": LABELS.at[0].set(11)}, {}, "must lie in"),
+        ({"labels": LABELS[:5]}, {}, "one per image"),
+        ({"noise": jnp.zeros((6, 4, 4, 3))}, {}, "channels come last"),
+        ({"noise": jnp.zeros((6, 4, 4))}, {}, "channels come last"),
+        ({"sampler": SAMPLERS["ddpm"]}, {}, "key"),
+        ({"config": PLAIN, "sampler": SAMPLERS["ddpm"]}, {"key": KEY}, "fixed_small"),
+        (
+            {"config": UNGUIDED, "labels": LABELS.at[3].set(0)},
+            {},
+            "no null label",
+        ),
+        ({"cfg_scale": -1.0}, {}, "cfg_scale"),
+        ({"cfg_scale": jnp.ones(3)}, {}, "one per image"),
+        ({}, {"cfg_channels": 2}, "cfg_channels"),
+        ({}, {"guidance_interval": (0.7, 0.3)}, "guidance_interval"),
+        ({}, {"guidance_interval": (0.1, 1.3)}, "guidance_interval"),
+        ({}, {"guidance_interval": (0.1,)}, "pair"),
+        ({}, {"previews": 5}, "previews"),
+        ({"params": dit.strip_modulators(weights())}, {}, "modulation"),
+    ],
+)
+def test_a_request_that_cannot_work_is_an_error(
+    unchecked_types, changes, options, words
+):
+    request = {
+        "params": weights(),
+        "config": CONFIG,
+        "cache": None,
+        "noise": noise_for(LABELS),
+        "labels": LABELS,
+        "sampler": SAMPLERS["euler"],
+        "cfg_scale": 2.0,
+    }
+    with pytest.raises(ValueError, match=words):
+        dit.sample(**{**request, **changes}, **options)
+
+
+def test_labels_must_be_integers(unchecked_types):
+    with pytest.raises(TypeError, match="integers"):
+        dit.sample(
+            weights(),
+            CONFIG,
+            None,
+            noise_for(LABELS),
+            jnp.ones(6),
+            SAMPLERS["euler"],
+        )

@@ -39,7 +39,8 @@ class Factors:
             (1 - decay) * gram(gradient, i) / self.others[i] for i in self.axes
         ]
         if bases is None:
-            bases = [np.linalg.eigh(s)[1] for s in self.factors]
+            # Largest eigenvalue first: the order that the power steps lead to.
+            bases = [np.linalg.eigh(s)[1][:, ::-1] for s in self.factors]
         self.bases = [np.asarray(q, np.float64) for q in bases]
         self.values = [np.full(d, float(init_factor)) for d in gradient.shape]
         self.limits = [np.inf for _ in gradient.shape]

@@ -64,7 +64,8 @@ def test_follows_the_published_bf16_code_loosely():
     paths, _, _ = _replay.run(
         muon(golden, hot_dtype="bf16"), golden.params0, golden.grads
     )
-    # Two orders of the same roundings to eight bits: the recording ends up to 0.0072 from
-    # the recording in float32, and this run 0.0092, both in the kernel, which travels
-    # 0.28 (the others stay within 0.0063 of each other). Together they are 0.0164 apart.
+    # Two orders of the same roundings to eight bits: the recording ends up to 0.0072
+    # from the recording in float32, and this run 0.0092, both in the kernel, which
+    # travels 0.28 (the others stay within 0.0063 of each other). Together they are
+    # 0.0164 apart.
     _compare.assert_follows(golden, paths, tolerance=0.02)

@@ -68,8 +68,8 @@ def test_follows_the_published_bf16_code_loosely():
         dtype=jnp.bfloat16,
         present=[1.0] * _golden.STEPS,
     )
-    # Weights near 0.5 lie 2^-8 / 2 = 0.002 apart in bf16; momentum and update are rounded
-    # as well, and each of twelve steps of 0.02 can fall on the other side. The recording
-    # ends 0.026 from the exact trajectory, which travels 0.13 to 0.19; this run 0.031
-    # from the recording.
+    # Weights near 0.5 lie 2^-8 / 2 = 0.002 apart in bf16; momentum and update are
+    # rounded as well, and each of twelve steps of 0.02 can fall on the other side. The
+    # recording ends 0.026 from the exact trajectory, which travels 0.13 to 0.19; this
+    # run 0.031 from the recording.
     _compare.assert_follows(golden, paths, tolerance=0.04)

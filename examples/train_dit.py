@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -52,7 +53,8 @@ def run(settings: options.Settings, folder: Path, *, resume: bool) -> None:
     data = load(settings.data)
     model = options.model_config(settings, data)
     config = options.full_config(settings, data, model)
-    state = training.init_state(model, settings.optimizer, settings.seed)
+    start = partial(training.init_state, model, settings.optimizer, settings.seed)
+    shapes = jax.eval_shape(start)
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,15 +63,14 @@ def run(settings: options.Settings, folder: Path, *, resume: bool) -> None:
             f"--out {folder}: cannot be made ({error.strerror}); give another folder"
         ) from error
     checkpoints = Checkpoints(
-        folder / "checkpoints", config, optimizers.ROUTING.fingerprint(state.params)
+        folder / "checkpoints", config, optimizers.ROUTING.fingerprint(shapes.params)
     )
-    if resume:
-        state = checkpoints.restore(state)
-        if int(state.step) > settings.steps:
-            raise RunError(
-                f"--steps {settings.steps}: {folder} is at step {int(state.step)} "
-                "already; give at least as many"
-            )
+    state = checkpoints.restore(shapes) if resume else start()
+    if int(state.step) > settings.steps:
+        raise RunError(
+            f"--steps {settings.steps}: {folder} is at step {int(state.step)} already; "
+            "give at least as many"
+        )
     # Written only now: a refused --resume must leave the folder as it was.
     write_json(folder / "config.json", config)
 
@@ -116,7 +117,10 @@ def train(
 ) -> training.TrainState:
     """Make the steps that are left; a checkpoint is written only of finite numbers."""
     train_step = training.make_train_step(
-        model, settings.optimizer, settings.steps, settings.batch_size
+        model,
+        settings.optimizer,
+        optimizers.horizon(settings.optimizer, settings.steps),
+        settings.batch_size,
     )
     validation_loss = training.make_validation_loss(model)
     images, labels = jnp.asarray(data.train_images), jnp.asarray(data.train_labels)

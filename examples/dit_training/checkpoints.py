@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from dit_training import optimizers
@@ -55,8 +56,11 @@ class Checkpoints:
             )
         return True
 
-    def restore(self, like: TrainState) -> TrainState:
-        """The newest state, if it comes from the same settings and routing."""
+    def restore(self, shapes: TrainState) -> TrainState:
+        """The newest state, if it comes from the same settings and routing.
+
+        `shapes` is the state that a fresh run would start from, or its shapes.
+        """
         step = self.latest()
         about = self.manager.restore(
             step, args=ocp.args.Composite(about=ocp.args.JsonRestore())
@@ -68,15 +72,19 @@ class Checkpoints:
                 f"{'; '.join(changed)}; give the same settings or another --out"
             )
         try:
-            optimizers.ROUTING.check(like.params, about["routing"])
+            optimizers.ROUTING.check(shapes.params, about["routing"])
         except ValueError as error:
             raise RunError(f"--resume: {' '.join(str(error).split())}") from error
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+            shapes._asdict(),
+        )
         restored = self.manager.restore(
-            step,
-            args=ocp.args.Composite(train=ocp.args.StandardRestore(abstract)),
+            step, args=ocp.args.Composite(train=ocp.args.StandardRestore(abstract))
         ).train
-        return TrainState(**restored)
+        # Orbax pins arrays to their device, for which the step would be compiled anew.
+        return TrainState(**jax.tree.map(jnp.asarray, jax.device_get(restored)))
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

@@ -83,6 +83,11 @@ def build(
     return optax.with_extra_args_support(tx)
 
 
+def horizon(name: str, steps: int) -> int:
+    """The number of steps that the optimizer has to know in advance, or 0."""
+    return steps if name in NEEDS_HORIZON else 0
+
+
 def schedule(name: str, steps: int) -> Callable[[Any], Any]:
     """The factor on the learning rate at each step: warm-up, then cosine to zero."""
     warmup = min(WARMUP_STEPS, max(steps // 10, 1))

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
+import fusionopt_jax as fo
 from dit_training import optimizers
 from dit_training.data import Dataset
 from dit_training.errors import RunError
@@ -260,7 +261,7 @@ def full_config(
     settings: Settings, data: Dataset, model: dit.DiTConfig
 ) -> dict[str, Any]:
     """What config.json says: the options, and all that follows from them."""
-    packages = ("fusionopt-jax", "jax", "optax", "flax", "numpy", "scikit-learn")
+    packages = ("jax", "optax", "flax", "numpy", "scikit-learn")
     return dataclasses.asdict(settings) | {
         "model": dataclasses.asdict(model),
         "dataset": {
@@ -269,7 +270,8 @@ def full_config(
             "train_images": len(data.train_images),
             "held_out_images": len(data.held_out_images),
         },
-        "versions": {name: version(name) for name in packages},
+        "versions": {"fusionopt-jax": fo.__version__}
+        | {name: version(name) for name in packages},
     }
 
 

@@ -6,7 +6,7 @@ what an uninterrupted one would have done.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -40,13 +40,15 @@ def init_state(config: dit.DiTConfig, optimizer: str, seed: int) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
 
 
+@lru_cache
 def make_train_step(
     config: dit.DiTConfig, optimizer: str, steps: int, batch_size: int
 ) -> Callable[..., tuple[TrainState, jax.Array, jax.Array]]:
     """`(state, images, labels, seed, learning_rate) -> (state, loss, step size)`.
 
     Seed and learning rate are arguments of the compiled function, so that a study of
-    several seeds and rates compiles once. The old state is donated.
+    several seeds and rates compiles once, as does a run that is resumed in the same
+    process. The old state is donated.
     """
 
     @partial(jax.jit, donate_argnums=0)
@@ -89,6 +91,7 @@ def batch_rows(
     return order[rows % count]
 
 
+@lru_cache
 def make_validation_loss(config: dit.DiTConfig) -> Callable[..., jax.Array]:
     """`(params, images, labels) -> loss`, the same draws at every call of every run."""
 

@@ -1,0 +1,418 @@
+"""The main job, in tiny settings: its outputs, resuming, and every refusal."""
+
+import csv
+import json
+import signal
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import train_dit
+from dit_training import data, optimizers, quality, report, sampling, training
+from dit_training.errors import RunError
+from PIL import Image
+
+import fusionopt_jax as fo
+from fusionopt_jax import dit
+
+TINY = [
+    *("--hidden-size", "32", "--depth", "1", "--num-heads", "2", "--batch-size", "8"),
+    *("--steps", "6", "--eval-every", "2", "--sampling-steps", "2"),
+    *("--generated", "12"),
+]
+PROMISED = [
+    "optimizer",
+    "steps",
+    "validation_loss",
+    "label_accuracy",
+    "frechet_distance",
+    "cached_seconds",
+    "uncached_seconds",
+    "max_cache_difference",
+]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Sixty images of 4x4 pixels in three classes, each with its own brightness."""
+    labels = np.arange(60) % 3
+    noise = np.random.default_rng(0).normal(size=(60, 4, 4))
+    path = tmp_path_factory.mktemp("data") / "images.npz"
+    np.savez(path, images=labels[:, None, None] + 0.1 * noise, labels=labels)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(images, tmp_path_factory):
+    """A run of the default optimizer that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert train_dit.main([*TINY, "--data", str(images), "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def without_sampling(monkeypatch):
+    """Leave out what follows the training, for tests of the training."""
+    monkeypatch.setattr(sampling, "measure", lambda *_: {"max_cache_difference": 0.0})
+    monkeypatch.setattr(train_dit, "summary_text", lambda *_: "")
+
+
+def run(images, folder, *arguments):
+    """The job on the tiny images; later arguments win."""
+    return train_dit.main(
+        [*TINY, "--data", str(images), "--out", str(folder), *arguments]
+    )
+
+
+def saved_state(folder):
+    """The newest checkpoint of a run, read without the script's own code."""
+    manager = ocp.CheckpointManager((folder / "checkpoints").resolve())
+    step = manager.latest_step()
+    arguments = ocp.args.Composite(train=ocp.args.StandardRestore())
+    with jax.default_device(jax.devices()[0]):
+        return step, manager.restore(step, args=arguments).train
+
+
+def rows(folder):
+    """metrics.csv without the column that no two runs share."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [{**line, "seconds": None} for line in csv.DictReader(file)]
+
+
+def error_line(capsys):
+    """What was printed as the error, which must be a single line."""
+    lines = capsys.readouterr().err.strip().splitlines()
+    errors = [line for line in lines if "error:" in line]
+    assert len(errors) == 1
+    assert not any("Traceback" in line for line in lines)
+    return errors[0]
+
+
+def test_a_run_leaves_everything_it_promises(finished):
+    assert {"config.json", "loss.png", "samples.png", "checkpoints"} <= {
+        entry.name for entry in finished.iterdir()
+    }
+    summary = json.loads((finished / "summary.json").read_text())
+    assert list(summary)[: len(PROMISED)] == PROMISED
+    assert summary["optimizer"] == "fusion"
+    assert summary["steps"] == 6
+    assert np.isfinite([summary[name] for name in PROMISED[1:]]).all()
+    # The bound that the issue sets on pixels in [-1, 1].
+    assert summary["max_cache_difference"] <= 1e-5
+
+    lines = rows(finished)
+    assert [int(line["step"]) for line in lines] == [1, 2, 3, 4, 5, 6]
+    measured = [int(line["step"]) for line in lines if line["validation_loss"]]
+    assert measured == [2, 4, 6]
+    assert float(lines[-1]["validation_loss"]) == pytest.approx(
+        summary["validation_loss"], rel=1e-6
+    )
+    assert all(0.1 <= float(line["step_size"]) <= 10 for line in lines)
+
+    config = json.loads((finished / "config.json").read_text())
+    assert config["learning_rate"] == optimizers.LEARNING_RATES["fusion"]
+    assert config["model"]["input_size"] == 4
+    assert config["dataset"]["classes"] == ["0", "1", "2"]
+    for picture in ("loss.png", "samples.png"):
+        with Image.open(finished / picture) as opened:
+            assert min(opened.size) > 100
+
+
+def test_an_interrupted_and_resumed_run_ends_bit_for_bit_the_same(
+    finished, images, tmp_path, monkeypatch, capsys, without_sampling
+):
+    add = report.MetricsFile.add
+
+    def add_then_interrupt(metrics, new):
+        add(metrics, new)
+        if new and new[-1].step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(report.MetricsFile, "add", add_then_interrupt)
+    assert run(images, tmp_path) == 130
+    assert "step 3 is saved, continue with --resume" in capsys.readouterr().err
+    assert saved_state(tmp_path)[0] == 3
+
+    # Only the folder is given: the settings come from its config.json.
+    assert train_dit.main(["--out", str(tmp_path), "--resume"]) == 0
+    step, state = saved_state(tmp_path)
+    expected_step, expected = saved_state(finished)
+    assert step == expected_step == 6
+    chex.assert_trees_all_equal(state, expected)
+    assert rows(tmp_path) == rows(finished)
+
+
+def test_a_schedule_free_run_can_be_made_longer(
+    finished, images, tmp_path, without_sampling
+):
+    assert run(images, tmp_path, "--steps", "2") == 0
+    assert train_dit.main(["--out", str(tmp_path), "--resume", "--steps", "6"]) == 0
+    chex.assert_trees_all_equal(saved_state(tmp_path)[1], saved_state(finished)[1])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sf-adamw"])
+def test_every_optimizer_trains(optimizer, images, tmp_path, without_sampling):
+    assert run(images, tmp_path, "--optimizer", optimizer, "--steps", "4") == 0
+    losses = [float(line["validation_loss"]) for line in rows(tmp_path)[1::2]]
+    assert losses[-1] < losses[0]
+
+
+def test_a_finite_schedule_can_not_be_made_longer(
+    images, tmp_path, capsys, without_sampling
+):
+    assert run(images, tmp_path, "--optimizer", "adamw", "--steps", "4") == 0
+    arguments = ["--out", str(tmp_path), "--resume", "--steps", "6"]
+    assert train_dit.main(arguments) == 2
+    assert "steps 4 -> 6" in error_line(capsys)
+
+
+def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(
+    images, tmp_path, capsys
+):
+    # The first step moves the weights by about 1e30 each: finite, but the loss of the
+    # second is not. The schedule-free average then still takes the first.
+    arguments = ("--optimizer", "sf-adamw", "--learning-rate", "1e30")
+    assert run(images, tmp_path, *arguments, "--eval-every", "1") == 2
+    message = error_line(capsys)
+    step, state = saved_state(tmp_path)
+    assert f"the last good checkpoint is {tmp_path / 'checkpoints' / str(step)}" in (
+        message
+    )
+    assert "not finite at step" in message
+    assert "--learning-rate" in message
+    assert bool(training.all_finite(state))
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_another_config_is_refused_and_changes_nothing(finished, capsys):
+    before = (finished / "config.json").read_text()
+    arguments = ["--out", str(finished), "--resume", "--hidden-size", "64"]
+    assert train_dit.main([*arguments, "--seed", "5"]) == 2
+    message = error_line(capsys)
+    assert "hidden_size 32 -> 64; seed 0 -> 5" in message
+    assert (finished / "config.json").read_text() == before
+
+
+def test_another_routing_is_refused(finished, monkeypatch, capsys):
+    moved = fo.Routing(force_scalar=("attn/proj",), min_dim=16, stacked=("blocks",))
+    monkeypatch.setattr(optimizers, "ROUTING", moved)
+    assert train_dit.main(["--out", str(finished), "--resume"]) == 2
+    assert "blocks/mlp/fc1/kernel" in error_line(capsys)
+
+
+def test_a_finished_run_is_not_overwritten(finished, images, capsys):
+    assert run(images, finished) == 2
+    assert "--resume" in error_line(capsys)
+
+
+def test_fewer_steps_than_were_made_are_refused(finished, capsys):
+    assert train_dit.main(["--out", str(finished), "--resume", "--steps", "3"]) == 2
+    assert "is at step 6 already" in error_line(capsys)
+
+
+def test_resuming_nothing_is_refused(tmp_path, capsys):
+    assert train_dit.main(["--out", str(tmp_path), "--resume"]) == 2
+    assert "holds no checkpoint" in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--steps", "0"], "--steps: must be a whole number of at least 1, got '0'"),
+        (["--learning-rate", "nan"], "--learning-rate: must be a finite number"),
+        (["--optimizer", "sgd"], "invalid choice: 'sgd'"),
+        (["--label-dropout", "0"], "add --guidance 1"),
+        (["--patch-size", "3"], "of 8 pixels; give one of 1, 2, 4, 8"),
+        (["--num-heads", "3"], "`num_heads` must divide `hidden_size`"),
+        (["--data", "nowhere"], "--data nowhere: no such folder or .npz file"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(arguments, expected, tmp_path, capsys):
+    assert train_dit.main([*arguments, "--out", str(tmp_path / "run")]) == 2
+    assert expected in error_line(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def write_images(folder: Path, sizes: dict[str, tuple[int, int]], mode="L"):
+    """Save a black image of each size under its name."""
+    for name, size in sizes.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new(mode, size).save(path)
+
+
+def test_a_folder_of_classes_is_read_in_alphabetical_order(tmp_path):
+    for place in range(5):
+        for name, shade in (("cat", 0), ("dog", 255)):
+            path = tmp_path / name / f"{place}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.new("RGB", (6, 6), (shade, 0, 0)).save(path)
+    found = data.load(str(tmp_path))
+    assert found.class_names == ("cat", "dog")
+    assert found.train_images.shape == (8, 6, 6, 3)
+    red = found.train_images[:, 0, 0, 0]
+    np.testing.assert_array_equal(red, np.where(found.train_labels == 0, -1, 1))
+    np.testing.assert_array_equal(np.bincount(found.held_out_labels), [1, 1])
+
+
+def test_bad_folders_are_refused(tmp_path):
+    with pytest.raises(RunError, match="no images in it"):
+        data.load(str(tmp_path))
+
+    write_images(tmp_path, {"a/1.png": (4, 4), "b/1.png": (4, 6)})
+    with pytest.raises(RunError, match=r"mixed sizes.*4x4.*4x6.*resize"):
+        data.load(str(tmp_path))
+
+    (tmp_path / "b" / "1.png").write_bytes(b"not an image")
+    with pytest.raises(RunError, match=r"1\.png cannot be read as an image"):
+        data.load(str(tmp_path))
+
+    (tmp_path / "b" / "1.png").unlink()
+    with pytest.raises(RunError, match="class folder 'b' holds no images"):
+        data.load(str(tmp_path))
+
+    write_images(tmp_path, {"b/1.png": (4, 4)})
+    with pytest.raises(RunError, match="2 images are too few for 2 classes"):
+        data.load(str(tmp_path))
+
+    write_images(
+        tmp_path, {f"{name}/{n}.png": (4, 6) for name in "ab" for n in range(1, 4)}
+    )
+    with pytest.raises(RunError, match="4x6 pixels are not square"):
+        data.load(str(tmp_path))
+
+
+def test_an_unreadable_folder_is_refused(tmp_path, monkeypatch):
+    def refuse(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(RunError, match=r"Permission denied.*check its permissions"):
+        data.load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "expected"),
+    [
+        ({"images": np.zeros((4, 2, 2))}, "no array `labels`"),
+        ({"images": np.zeros((4, 2)), "labels": [0, 1, 0, 1]}, r"\[N, H, W\]"),
+        ({"images": np.zeros((0, 2, 2)), "labels": np.zeros(0, int)}, "no images"),
+        ({"images": np.zeros((4, 2, 2)), "labels": [0, 1, 0]}, "one integer per"),
+        ({"images": np.zeros((4, 2, 2)), "labels": [0.0, 1, 0, 1]}, "one integer per"),
+        ({"images": np.zeros((4, 2, 2)), "labels": [0, -1, 0, 1]}, "found -1"),
+        ({"images": np.zeros((4, 2, 2)), "labels": [0, 7, 0, 7]}, "no image has label"),
+        ({"images": np.zeros((4, 2, 2)), "labels": [0, 1, 0, 1]}, "every pixel"),
+        ({"images": np.full((4, 2, 2), np.nan), "labels": [0, 1, 0, 1]}, "NaN"),
+        ({"images": np.eye(4).reshape(4, 2, 2), "labels": [0] * 4}, "only one class"),
+    ],
+)
+def test_bad_arrays_are_refused(arrays, expected, tmp_path):
+    path = tmp_path / "images.npz"
+    np.savez(path, **arrays)
+    with pytest.raises(RunError, match=expected):
+        data.load(str(path))
+
+
+def test_a_broken_npz_is_refused(tmp_path):
+    path = tmp_path / "images.npz"
+    path.write_bytes(b"PK but no archive")
+    with pytest.raises(RunError, match=r"cannot be read as an \.npz file"):
+        data.load(str(path))
+
+
+def test_the_digits_are_split_once_and_for_all():
+    digits = data.load("digits")
+    assert digits.train_images.shape == (1397, 8, 8, 1)
+    assert len(digits.held_out_images) == 400
+    assert digits.train_images.min() == -1
+    assert digits.train_images.max() == 1
+    # 400 of 1797 in proportion: the ten classes have 174 to 183 images each.
+    assert set(np.bincount(digits.held_out_labels)) <= {38, 39, 40, 41}
+    assert data.load("digits").digest == digits.digest
+
+
+def identity_judge(real):
+    """A judge whose features are the pixels themselves, which must not be negative."""
+    pixels = real.reshape(len(real), -1)
+    return quality.Judge(
+        None, np.eye(64), np.zeros(64), pixels.mean(0), np.cov(pixels, rowvar=False)
+    )
+
+
+def test_frechet_distance_of_gaussians_in_closed_form():
+    rng = np.random.default_rng(0)
+    real = rng.uniform(1, 2, size=(300, 8, 8, 1))
+    judge = identity_judge(real)
+    # The ridge of 1e-6 enters the root but not the trace: 64 features x 2 x 1e-6.
+    assert quality.frechet_distance(judge, real) == pytest.approx(0, abs=2e-4)
+    # A shift by 0.5 in each of 64 features.
+    assert quality.frechet_distance(judge, real + 0.5) == pytest.approx(16, abs=2e-4)
+    # Twice the spread around one mean: tr(C + 4C - 2 * 2C) = tr(C).
+    spread = 2 * real - real.mean(0)
+    assert quality.frechet_distance(judge, spread + 3) == pytest.approx(
+        np.trace(judge.covariance) + 9 * 64, rel=1e-5
+    )
+
+
+def test_class_means_get_every_label_right_but_are_far_away():
+    digits = data.load("digits")
+    judge = quality.fit_judge(digits)
+    labels = np.arange(500) % 10
+    means = np.stack(
+        [digits.train_images[digits.train_labels == n].mean(0) for n in range(10)]
+    )[labels]
+    assert quality.label_accuracy(judge, means, labels) == 1
+    # Why there are two figures: the gate of 2 lies between what real images score and
+    # what images without variety do.
+    assert quality.frechet_distance(judge, means) > 5
+    assert quality.frechet_distance(judge, digits.train_images) < 1
+
+
+def test_every_epoch_is_a_permutation_of_its_own():
+    key = jax.random.key(0)
+    epochs = [
+        np.concatenate(
+            [
+                training.batch_rows(key, jnp.int32(5 * epoch + place), 20, 4)
+                for place in range(5)
+            ]
+        )
+        for epoch in range(2)
+    ]
+    for rows_of_epoch in epochs:
+        np.testing.assert_array_equal(np.sort(rows_of_epoch), np.arange(20))
+    assert (epochs[0] != epochs[1]).any()
+    # A batch larger than the set takes images more than once.
+    few = training.batch_rows(key, jnp.int32(3), 3, 7)
+    assert sorted(np.bincount(few)) == [2, 2, 3]
+
+
+def test_the_routing_cuts_fused_kernels_and_spares_the_ends():
+    config = dit.DiTConfig(
+        input_size=8,
+        in_channels=1,
+        hidden_size=128,
+        depth=2,
+        num_heads=4,
+        num_classes=200,
+        learn_sigma=False,
+    )
+    params = jax.eval_shape(lambda: dit.init_params(config, 0))
+    matrices = {
+        route.path: (route.view.count, route.view.matrix_shape)
+        for route in optimizers.ROUTING.routes(params)
+        if route.label == "spectral"
+    }
+    assert matrices == {
+        "blocks/attn/qkv/kernel": (2 * 3, (128, 128)),
+        "blocks/attn/proj/kernel": (2, (128, 128)),
+        "blocks/mlp/fc1/kernel": (2, (128, 512)),
+        "blocks/mlp/fc2/kernel": (2, (512, 128)),
+        "blocks/adaLN_modulation/kernel": (2 * 6, (128, 128)),
+        "final_layer/adaLN_modulation/kernel": (2, (128, 128)),
+        "t_embedder/fc2/kernel": (1, (128, 128)),
+    }

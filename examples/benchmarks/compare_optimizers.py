@@ -74,7 +74,10 @@ class Bench:
         self.validation_loss = training.make_validation_loss(self.model)
         self.steps: dict[str, Callable[..., Any]] = {
             name: training.make_train_step(
-                self.model, name, settings.steps, settings.batch_size
+                self.model,
+                name,
+                optimizers.horizon(name, settings.steps),
+                settings.batch_size,
             )
             for name in ("adamw", "fusion")
         }

@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import train_dit
+from benchmarks import compare_optimizers
 from dit_training import data, optimizers, quality, report, sampling, training
 from dit_training.errors import RunError
 from PIL import Image
@@ -20,7 +21,7 @@ import fusionopt_jax as fo
 from fusionopt_jax import dit
 
 TINY = [
-    *("--hidden-size", "32", "--depth", "1", "--num-heads", "2", "--batch-size", "8"),
+    *("--hidden-size", "32", "--depth", "1", "--num-heads", "4", "--batch-size", "8"),
     *("--steps", "6", "--eval-every", "2", "--sampling-steps", "2"),
     *("--generated", "12"),
 ]
@@ -235,6 +236,53 @@ def test_bad_options_are_refused_in_one_line(arguments, expected, tmp_path, caps
     assert train_dit.main([*arguments, "--out", str(tmp_path / "run")]) == 2
     assert expected in error_line(capsys)
     assert not (tmp_path / "run").exists()
+
+
+def test_help_is_no_error(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train_dit.main(["--help"])
+    assert stopped.value.code == 0
+    assert "--resume" in capsys.readouterr().out
+
+
+def test_the_comparison_finds_when_fusion_is_as_good(
+    images, tmp_path, monkeypatch, capsys
+):
+    arguments = [
+        *("--data", str(images), "--out", str(tmp_path), "--seeds", "0", "1"),
+        *("--steps", "4", "--eval-every", "2", "--batch-size", "8", "--depth", "1"),
+        *("--hidden-size", "32", "--adamw-learning-rates", "1e-3", "2e-3"),
+    ]
+    status = compare_optimizers.main(arguments)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (tmp_path / "curves.png").exists()
+    assert len(results["runs"]) == 2 * (2 + 1)
+    ratios = []
+    for row in results["seeds"]:
+        runs = [run for run in results["runs"] if run["seed"] == row["seed"]]
+        points = [
+            (loss, step)
+            for run in runs
+            if run["optimizer"] == "adamw"
+            for step, loss in run["curve"]
+        ]
+        best = min(points)
+        assert (row["adamw_best_loss"], row["adamw_steps"]) == best
+        fusion = next(run for run in runs if run["optimizer"] == "fusion")
+        good = [step for step, loss in fusion["curve"] if loss <= best[0]]
+        assert row["fusion_steps"] == (good[0] if good else None)
+        # It stops as soon as it is good enough.
+        assert fusion["curve"][-1][0] == (good[0] if good else 4)
+        ratios.append(good[0] / best[1] if good else np.inf)
+    assert status == (0 if np.median(ratios) <= 0.7 else 1)
+
+    # A repeated call trains nothing that is there already.
+    monkeypatch.delattr(compare_optimizers.Bench, "run")
+    assert compare_optimizers.main(arguments) == status
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    capsys.readouterr()
+    assert compare_optimizers.main([*arguments, "--steps", "5"]) == 2
+    assert "other settings" in error_line(capsys)
 
 
 def write_images(folder: Path, sizes: dict[str, tuple[int, int]], mode="L"):

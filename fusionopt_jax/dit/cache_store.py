@@ -234,7 +234,11 @@ def load_cache(path: str | os.PathLike[str]) -> TimeConditioningCache:
         FileNotFoundError: [Errno 2] No such file or directory: 'nowhere.npz'
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here, since np.load forgets to close what it can't read.
+        with (
+            open(path, "rb") as stream,
+            np.load(stream, allow_pickle=False) as file,
+        ):
             if str(file["format"]) != _FORMAT:
                 raise ValueError(f"its format is {str(file['format'])!r}")
             return _from_arrays({name: file[name] for name in file.files})

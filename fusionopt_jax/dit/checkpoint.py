@@ -224,7 +224,8 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, Any]:
 def _read_npz(path: pathlib.Path) -> dict[str, Any]:
     """The arrays of an `.npz` file; pickled objects in it are refused."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here, since np.load forgets to close what it can't read.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except Exception as error:
         # Damaged bytes can fail anywhere: zip, zlib, the header of an array.

@@ -1,6 +1,8 @@
 """Sizes: what is refused, and that the published ones have the published weights."""
 
 import dataclasses
+import importlib.util
+import sys
 
 import jax
 import numpy as np
@@ -68,6 +70,14 @@ def test_wrong_kind_is_refused(settings):
     # Checked by beartype in tests, and by the config itself where beartype is absent.
     with pytest.raises(Exception, match=r"learn_sigma|depth"):
         dit.DiTConfig(**settings)
+
+
+def test_missing_flax_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flax", None)
+    spec = importlib.util.spec_from_file_location("dit_without_flax", dit.__file__)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.raises(ImportError, match=r"fusionopt-jax\[dit\]"):
+        spec.loader.exec_module(module)
 
 
 def test_no_null_label_without_label_dropout():

@@ -1,0 +1,556 @@
+"""The cache of modulators: exact, refused when stale, found again when not."""
+
+import dataclasses
+import os
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from fusionopt_jax import dit
+from fusionopt_jax.dit import cache_store
+from fusionopt_jax.dit.fingerprint import PARTS, array_digest
+from tests.dit._models import CONFIG, golden, random_batch, random_params, run
+from tests.references import dit as reference
+
+TIMES = np.array([999.0, 640.5, 17.25], np.float32)
+LABELS = [7, 3, 7]
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def cache(params):
+    return dit.build_cache(params, CONFIG, TIMES, LABELS)
+
+
+@pytest.fixture(autouse=True)
+def empty_registry():
+    dit.clear_cache_registry()
+
+
+def cached_and_direct(params, cache, labels, step, **options):
+    """The output at one step of a cache, and that of the full network."""
+    labels = jnp.asarray(labels, jnp.int32)
+    images = random_batch(CONFIG, size=len(labels)).images
+    times = jnp.full(len(labels), cache.times[step])
+    modulation = dit.step_modulation(cache, step, labels)
+    stripped = dit.strip_modulators(params)
+    return (
+        run(stripped, CONFIG, images, None, None, modulation=modulation, **options),
+        run(params, CONFIG, images, times, labels, **options),
+    )
+
+
+class TestTable:
+    def test_matches_the_published_model(self):
+        params, config, arrays = golden()
+        cache = dit.build_cache(params, config, arrays["cache/t"], np.arange(10))
+        steps, labels = arrays["cache/steps"], arrays["cache/labels"]
+        rows = np.asarray(dit.cache_rows(cache, labels))
+        block = np.asarray(cache.block)[steps][:, :, rows].swapaxes(1, 2)
+        final = np.asarray(cache.final)[steps][:, rows]
+        # Measured 7e-6; PyTorch's own rounding of these sums is of that size.
+        expected = arrays["cache/mod"]
+        chex.assert_trees_all_close(block.reshape(expected.shape), expected, atol=5e-5)
+        expected = arrays["cache/final"]
+        chex.assert_trees_all_close(final.reshape(expected.shape), expected, atol=5e-5)
+
+    def test_matches_float64_reference(self, params, cache):
+        sizes = reference.Sizes(CONFIG.patch_size, CONFIG.num_heads, CONFIG.depth)
+        host = jax.tree.map(np.asarray, params)
+        for step, time in enumerate(TIMES):
+            for row, label in enumerate(np.asarray(cache.labels)):
+                block, final = reference.modulators(host, float(time), label, sizes)
+                # fp32 cosines of angles up to 999 are off by 6e-5.
+                np.testing.assert_allclose(cache.block[step, :, row], block, atol=5e-4)
+                np.testing.assert_allclose(cache.final[step, row], final, atol=5e-4)
+
+    @pytest.mark.parametrize("step", [0, 2])
+    @pytest.mark.parametrize("labels", [[7, 3, 3, 10], [10, 10, 10, 10]])
+    def test_cached_is_direct(self, params, cache, labels, step):
+        cached, direct = cached_and_direct(params, cache, labels, step)
+        # One product over all rows sums in another order than one per step.
+        scale = float(jnp.max(jnp.abs(direct)))
+        chex.assert_trees_all_close(cached, direct, atol=1e-5 * max(scale, 1.0))
+
+    def test_cached_is_direct_unrolled(self, params, cache):
+        cached, direct = cached_and_direct(params, cache, [3], 1, unroll=True)
+        scale = float(jnp.max(jnp.abs(direct)))
+        chex.assert_trees_all_close(cached, direct, atol=1e-5 * max(scale, 1.0))
+
+    def test_cached_is_direct_in_bfloat16(self, params):
+        half = dit.build_cache(params, CONFIG, TIMES, LABELS, dtype=jnp.bfloat16)
+        assert half.block.dtype == half.final.dtype == jnp.bfloat16
+        cached, direct = cached_and_direct(
+            params, half, [3, 7, 10, 7], 1, dtype=jnp.bfloat16
+        )
+        # bfloat16 keeps 8 bits: 4e-3 per modulator, averaged over width and blocks.
+        scale = float(jnp.max(jnp.abs(direct)))
+        chex.assert_trees_all_close(cached, direct, atol=2e-2 * scale)
+
+    def test_zero_time_on_request(self, params, cache):
+        longer = dit.build_cache(params, CONFIG, TIMES, LABELS, include_zero_time=True)
+        np.testing.assert_array_equal(longer.times, [*TIMES, 0.0])
+        # A fourth row of times changes the order of sums, not the sums.
+        chex.assert_trees_all_close(longer.block[:3], cache.block, atol=1e-5)
+        dit.check_cache(longer, params, CONFIG, times=TIMES)
+        again = dit.build_cache(
+            params, CONFIG, longer.times, LABELS, include_zero_time=True
+        )
+        assert again.times.shape == (4,)
+
+    def test_from_the_state_of_a_module(self, params, cache):
+        model = dit.DiT(CONFIG, rngs=nnx.Rngs(0))
+        nnx.update(model, params)
+        from_state = dit.build_cache(nnx.state(model, nnx.Param), CONFIG, TIMES, LABELS)
+        chex.assert_trees_all_equal(from_state, cache)
+
+
+class TestPytree:
+    def test_any_leaf_is_allowed(self, cache):
+        names = jax.tree.map(lambda leaf: str(leaf.dtype), cache)
+        assert names.block == "float32"
+        assert names.config == CONFIG
+        paths = [
+            jax.tree_util.keystr(path)
+            for path, _ in jax.tree_util.tree_leaves_with_path(cache)
+        ]
+        assert paths == [".block", ".final", ".times", ".labels", ".fingerprint"]
+
+    def test_goes_through_jit(self, cache):
+        chex.assert_trees_all_equal(jax.jit(lambda cache: cache)(cache), cache)
+
+    def test_is_frozen(self, cache):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            cache.times = cache.times + 1
+
+
+class TestLabels:
+    @pytest.mark.parametrize(
+        ("request_labels", "held"),
+        [
+            ([3], [3, 10]),
+            ([10], [10]),
+            ([3, 3, 7], [3, 7, 10, 10]),
+            ([[1, 2], [3, 10]], [1, 2, 3, 10]),
+            (range(10), [*range(10), *[10] * 6]),
+        ],
+    )
+    def test_distinct_null_last_padded(self, request_labels, held):
+        labels = dit.distinct_labels(CONFIG, list(request_labels))
+        np.testing.assert_array_equal(labels, held)
+        assert labels.dtype == np.int32
+
+    def test_model_without_null_label(self):
+        config = dataclasses.replace(CONFIG, class_dropout_prob=0.0)
+        labels = dit.distinct_labels(config, [5, 1, 2])
+        np.testing.assert_array_equal(labels, [1, 2, 5, 5])
+
+    def test_rows_on_the_host_and_while_tracing(self, cache):
+        labels = jnp.array([10, 3, 7, 3])
+        expected = [2, 0, 1, 0]
+        np.testing.assert_array_equal(dit.cache_rows(cache, labels), expected)
+        traced = jax.jit(dit.cache_rows)(cache, labels)
+        np.testing.assert_array_equal(traced, expected)
+
+    def test_missing_label_is_an_error(self, cache):
+        with pytest.raises(dit.StaleCacheError, match="no row for label 4, 9"):
+            dit.cache_rows(cache, jnp.array([9, 3, 4]))
+
+    def test_missing_label_while_tracing_gives_nan(self, params, cache):
+        @jax.jit
+        def one_step(cache, labels):
+            modulation = dit.step_modulation(cache, 0, labels)
+            images = random_batch(CONFIG, size=2).images
+            return dit.apply(params, CONFIG, images, None, None, modulation=modulation)
+
+        out = one_step(cache, jnp.array([3, 4]))
+        assert np.all(np.isfinite(out[0]))
+        assert np.all(np.isnan(out[1]))
+
+    def test_other_labels_of_the_bucket_compile_nothing(self, params, cache):
+        cached_and_direct(params, cache, [3, 7, 10], 0)
+        before = run._cache_size()
+        other = dit.build_cache(params, CONFIG, TIMES, [1, 8, 1])
+        cached_and_direct(params, other, [8, 8, 1], 0)
+        assert run._cache_size() == before
+
+    @pytest.mark.parametrize(
+        ("labels", "error", "words"),
+        [
+            ([], ValueError, "at least one label"),
+            ([11], ValueError, "got 11"),
+            ([1.0], TypeError, "must be integers"),
+        ],
+    )
+    def test_bad_labels(self, params, labels, error, words):
+        labels = np.array(labels, int if not labels else None)
+        with pytest.raises(error, match=words):
+            dit.build_cache(params, CONFIG, TIMES, labels)
+
+    def test_traced_request(self, params):
+        with pytest.raises(TypeError, match="known outside"):
+            jax.jit(lambda labels: dit.build_cache(params, CONFIG, TIMES, labels))(
+                jnp.array([1])
+            )
+        with pytest.raises(TypeError, match="known outside"):
+            jax.jit(lambda times: dit.build_cache(params, CONFIG, times, [1]))(
+                jnp.array([1.0])
+            )
+
+    @pytest.mark.parametrize("times", [[], [[1.0]], [np.nan], 3.0])
+    def test_bad_times(self, params, times):
+        with pytest.raises(ValueError, match="list of finite numbers"):
+            dit.build_cache(params, CONFIG, times, [1])
+
+
+def _edit(params, path, change):
+    """A copy of the parameters with one leaf changed."""
+    params = jax.tree.map(lambda leaf: leaf, params)
+    node = params
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = change(node[path[-1]])
+    return params
+
+
+def _one_bit(leaf):
+    """The last bit of the last element flipped."""
+    host = np.array(leaf)
+    host.view(np.uint32).reshape(-1)[-1] ^= 1
+    return jnp.asarray(host)
+
+
+def _swapped(leaf):
+    """Two elements in each other's place: the same values, the same sum."""
+    host = np.array(leaf)
+    flat = host.reshape(-1)
+    flat[[0, 1]] = flat[[1, 0]]
+    return jnp.asarray(host)
+
+
+def _with_delta(leaf):
+    """A low-rank adapter merged into a stack of kernels."""
+    generator = np.random.default_rng(2)
+    depth, inputs, outputs = leaf.shape
+    down = generator.normal(0, 1e-3, (depth, inputs, 2))
+    up = generator.normal(0, 1e-3, (depth, 2, outputs))
+    return leaf + jnp.asarray(down @ up, jnp.float32)
+
+
+KERNEL = ("blocks", "adaLN_modulation", "kernel")
+
+CHANGES = {
+    "average of weights, as eval_params returns": lambda params: jax.tree.map(
+        lambda a, b: 0.5 * (a + b), params, random_params(CONFIG, seed=9)
+    ),
+    "swap to a moving average": lambda params: jax.tree.map(
+        lambda leaf: 0.9999 * leaf, params
+    ),
+    "merged low-rank delta": lambda params: _edit(params, KERNEL, _with_delta),
+    "two elements swapped": lambda params: _edit(params, KERNEL, _swapped),
+    "cast to bfloat16": lambda params: jax.tree.map(
+        lambda leaf: leaf.astype(jnp.bfloat16), params
+    ),
+    "NaN in one place": lambda params: _edit(
+        params, KERNEL, lambda leaf: leaf.at[0, 0, 0].set(jnp.nan)
+    ),
+    **{
+        f"one bit of {'/'.join(path)}": (
+            lambda params, path=path: _edit(params, path, _one_bit)
+        )
+        for path in PARTS
+    },
+}
+
+
+class TestStale:
+    @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+    @pytest.mark.parametrize("strip", [False, True])
+    def test_other_weights(self, params, cache, change, strip):
+        changed = change(params)
+        changed = dit.strip_modulators(changed) if strip else changed
+        with pytest.raises(dit.StaleCacheError, match="other weights"):
+            dit.check_cache(cache, changed, CONFIG)
+
+    @pytest.mark.parametrize("path", PARTS)
+    def test_message_names_the_weight(self, params, cache, path):
+        changed = _edit(params, path, _one_bit)
+        with pytest.raises(dit.StaleCacheError, match=f": {'/'.join(path)} changed"):
+            dit.check_cache(cache, changed, CONFIG)
+
+    def test_same_weights_in_other_arrays_fit(self, params, cache):
+        copied = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)
+        dit.check_cache(cache, copied, CONFIG, times=TIMES, labels=[3, 7, 10])
+        dit.check_cache(cache, jax.tree.map(np.asarray, params), CONFIG)
+        dit.check_cache(cache, dit.strip_modulators(copied), CONFIG)
+
+    def test_weights_that_do_not_feed_it_may_change(self, params, cache):
+        changed = _edit(params, ("blocks", "attn", "qkv", "kernel"), _one_bit)
+        dit.check_cache(cache, changed, CONFIG)
+
+    def test_nan_weights_equal_themselves(self, params):
+        broken = CHANGES["NaN in one place"](params)
+        cache = dit.build_cache(broken, CONFIG, TIMES, LABELS)
+        dit.check_cache(cache, broken, CONFIG)
+
+    @pytest.mark.parametrize(
+        ("times", "words"),
+        [
+            (TIMES[::-1], "step 0 is 999.0 in the cache, 17.25 in use"),
+            (TIMES[:2], "3 steps in the cache, 2 in use"),
+            (np.nextafter(TIMES, np.float32(0)), "step 0 is 999.0 in the cache"),
+            ([*TIMES, 5.0], "3 steps in the cache, 4 in use"),
+        ],
+    )
+    def test_other_times(self, params, cache, times, words):
+        with pytest.raises(dit.StaleCacheError, match=words):
+            dit.check_cache(cache, params, CONFIG, times=times)
+
+    def test_other_labels(self, params, cache):
+        with pytest.raises(dit.StaleCacheError, match="no row for label 5"):
+            dit.check_cache(cache, params, CONFIG, labels=[3, 5])
+
+    def test_other_dtype(self, params, cache):
+        with pytest.raises(dit.StaleCacheError, match="holds float32, but bfloat16"):
+            dit.check_cache(cache, params, CONFIG, dtype=jnp.bfloat16)
+
+    def test_other_config(self, params, cache):
+        other = dataclasses.replace(CONFIG, time_scale=1e-3)
+        with pytest.raises(
+            dit.StaleCacheError, match=r"time_scale \(1\.0 in the cache"
+        ):
+            dit.check_cache(cache, params, other)
+
+    def test_modulators_taken_out_by_hand(self, params, cache):
+        blocks = {k: v for k, v in params["blocks"].items() if k != "adaLN_modulation"}
+        with pytest.raises(ValueError, match="take modulators out with `strip_"):
+            dit.check_cache(cache, {**params, "blocks": blocks}, CONFIG)
+
+    def test_no_cache_from_stripped_parameters(self, params):
+        stripped = dit.strip_modulators(params)
+        with pytest.raises(ValueError, match="before `strip_modulators`"):
+            dit.build_cache(stripped, CONFIG, TIMES, LABELS)
+
+
+class TestDigest:
+    def test_every_bit_counts(self):
+        values = np.random.default_rng(3).normal(size=5).astype(np.float32)
+        seen = {array_digest(values).tobytes()}
+        for element in range(values.size):
+            for bit in range(32):
+                flipped = values.copy()
+                flipped.view(np.uint32)[element] ^= np.uint32(1 << bit)
+                seen.add(array_digest(flipped).tobytes())
+        assert len(seen) == 1 + 5 * 32
+
+    def test_does_not_depend_on_the_layout(self):
+        values = np.random.default_rng(4).normal(size=(2, 16, 8)).astype(np.float32)
+        mesh = jax.make_mesh((2, 4), ("a", "b"))
+        sharding = NamedSharding(mesh, PartitionSpec("a", "b"))
+        sharded = jax.device_put(values, sharding)
+        np.testing.assert_array_equal(array_digest(sharded), array_digest(values))
+
+    def test_two_words_are_independent(self):
+        digests = np.stack(
+            [array_digest(np.full(3, value, np.float32)) for value in range(64)]
+        )
+        bits = np.unpackbits(digests.view(np.uint8).reshape(64, -1), axis=1)
+        # 64 draws of fair bits: a share outside [0.2, 0.8] is beyond 4.8 sigmas.
+        assert np.all(np.abs(bits.mean(0) - 0.5) < 0.3)
+        assert np.all(digests[:, 0] != digests[:, 1])
+
+    def test_dtype_counts(self):
+        zeros = np.zeros(4, np.float16)
+        half, brain = array_digest(zeros), array_digest(zeros.astype(jnp.bfloat16))
+        assert not np.array_equal(half, brain)
+
+
+class TestSize:
+    def test_xl_arithmetic(self):
+        config = dit.CONFIGS["DiT-XL/2"]
+        shapes = jax.eval_shape(lambda: dit.init_params(config))
+        modulators = [
+            shapes["blocks"]["adaLN_modulation"],
+            shapes["final_layer"]["adaLN_modulation"],
+        ]
+        values = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(modulators))
+        total = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
+        assert dit.modulator_bytes(config) == 4 * values
+        # Fifty steps, one label and the null label: 75 MiB in place of 861 MiB.
+        held = 4 * (total - values) + dit.cache_bytes(config, steps=50, labels=2)
+        assert held <= 0.7 * 4 * total
+
+    def test_estimate_is_what_is_built(self, cache):
+        assert dit.cache_bytes(CONFIG, steps=3, labels=4) == cache.nbytes
+
+    def test_break_even(self):
+        rows = CONFIG.hidden_size + 1
+        weights = dit.modulator_bytes(CONFIG)
+        assert dit.cache_bytes(CONFIG, steps=rows - 1, labels=1) < weights
+        assert dit.cache_bytes(CONFIG, steps=rows, labels=1) == weights
+        assert dit.cache_bytes(CONFIG, 1, rows, jnp.bfloat16) == weights // 2
+
+    def test_larger_than_the_weights_is_refused(self, params, monkeypatch):
+        monkeypatch.setattr(dit.cache, "SIZE_LIMIT", 0)
+        times = np.arange(5.0)
+        with pytest.raises(ValueError, match=r"steps x labels = 17.*force=True"):
+            dit.build_cache(params, CONFIG, times, LABELS)
+        forced = dit.build_cache(params, CONFIG, times, LABELS, force=True)
+        assert forced.times.shape == (5,)
+
+    def test_limit_applies_to_published_sizes(self):
+        config = dit.CONFIGS["DiT-XL/2"]
+        params = jax.eval_shape(lambda: dit.init_params(config))
+        with pytest.raises(ValueError, match="Sample without a cache"):
+            dit.build_cache(params, config, np.arange(250.0), np.arange(1000))
+
+
+class TestRegistry:
+    def test_hit_and_build_counts(self, params):
+        first = dit.get_or_build_cache(params, CONFIG, TIMES, LABELS)
+        assert dit.get_or_build_cache(params, CONFIG, TIMES, [3, 7]) is first
+        assert dit.cache_counts() == (1, 0, 1)
+        for other in (
+            {"labels": [3]},
+            {"times": TIMES[:2]},
+            {"dtype": jnp.bfloat16},
+            {"params": CHANGES["swap to a moving average"](params)},
+            {"include_zero_time": True},
+        ):
+            request = {"params": params, "times": TIMES, "labels": LABELS, **other}
+            cache = dit.get_or_build_cache(config=CONFIG, **request)
+            assert cache is not first
+        assert dit.cache_counts() == (1, 0, 6)
+        dit.clear_cache_registry()
+        assert dit.cache_counts() == (0, 0, 0)
+
+    def test_stripped_parameters_find_what_full_ones_built(self, params):
+        first = dit.get_or_build_cache(params, CONFIG, TIMES, LABELS)
+        stripped = dit.strip_modulators(params)
+        assert dit.get_or_build_cache(stripped, CONFIG, TIMES, LABELS) is first
+
+    def test_oldest_leaves_first(self, params, monkeypatch):
+        monkeypatch.setattr(cache_store, "REGISTRY_SIZE", 2)
+        first = dit.get_or_build_cache(params, CONFIG, TIMES, [1])
+        dit.get_or_build_cache(params, CONFIG, TIMES, [2])
+        assert dit.get_or_build_cache(params, CONFIG, TIMES, [1]) is first
+        dit.get_or_build_cache(params, CONFIG, TIMES, [3])
+        dit.get_or_build_cache(params, CONFIG, TIMES, [2])
+        assert dit.cache_counts() == (1, 0, 4)
+
+
+class TestFile:
+    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+    def test_written_once_and_read_by_the_next_process(self, params, tmp_path, dtype):
+        path = tmp_path / "cache.npz"
+
+        def get():
+            return dit.get_or_build_cache(
+                params, CONFIG, TIMES, LABELS, path=path, dtype=dtype
+            )
+
+        built = get()
+        written = path.read_bytes()
+        dit.clear_cache_registry()
+        chex.assert_trees_all_equal(get(), built)
+        assert dit.cache_counts() == (0, 1, 0)
+        assert path.read_bytes() == written
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_hit_still_writes_the_file(self, params, tmp_path):
+        built = dit.get_or_build_cache(params, CONFIG, TIMES, LABELS)
+        path = tmp_path / "cache.npz"
+        dit.get_or_build_cache(params, CONFIG, TIMES, LABELS, path=path)
+        chex.assert_trees_all_equal(dit.load_cache(path), built)
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            ({"times": TIMES[:2]}, "other times"),
+            ({"labels": [5]}, "no row for label 5"),
+            ({"dtype": jnp.bfloat16}, "holds float32"),
+            ({"params": random_params(CONFIG, seed=5)}, "other weights"),
+            ({"config": dataclasses.replace(CONFIG, time_scale=2.0)}, "another config"),
+        ],
+    )
+    def test_that_does_not_fit_is_refused_and_kept(
+        self, params, tmp_path, change, words
+    ):
+        path = tmp_path / "cache.npz"
+        request = {
+            "params": params,
+            "config": CONFIG,
+            "times": TIMES,
+            "labels": LABELS,
+        }
+        dit.get_or_build_cache(**request, path=path)
+        written = path.read_bytes()
+        with pytest.raises(dit.StaleCacheError, match=rf"cache\.npz .*{words}"):
+            dit.get_or_build_cache(**{**request, **change}, path=path)
+        assert path.read_bytes() == written
+
+    def test_damaged_file_is_refused(self, cache, tmp_path):
+        path = tmp_path / "cache.npz"
+        dit.save_cache(path, cache)
+        whole = path.read_bytes()
+        generator = np.random.default_rng(0)
+        for _ in range(40):
+            stop = int(generator.integers(0, len(whole)))
+            path.write_bytes(whole[:stop])
+            with pytest.raises(dit.StaleCacheError, match="not a readable"):
+                dit.load_cache(path)
+        for _ in range(40):
+            damaged = bytearray(whole)
+            damaged[int(generator.integers(0, len(whole)))] ^= 0xFF
+            path.write_bytes(damaged)
+            # Some bytes are padding or dates; whatever loads must be the same table.
+            try:
+                loaded = dit.load_cache(path)
+            except dit.StaleCacheError:
+                continue
+            chex.assert_trees_all_equal(loaded, cache)
+
+    def test_file_of_something_else_is_refused(self, tmp_path):
+        path = tmp_path / "cache.npz"
+        np.savez(path, images=np.zeros(3))
+        with pytest.raises(dit.StaleCacheError, match="format"):
+            dit.load_cache(path)
+
+    def test_interrupted_write_leaves_the_old_file(self, cache, tmp_path, monkeypatch):
+        path = tmp_path / "cache.npz"
+        dit.save_cache(path, cache)
+        written = path.read_bytes()
+
+        def fail(*_):
+            raise OSError("disk full")
+
+        monkeypatch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match="disk full"):
+            dit.save_cache(path, dataclasses.replace(cache, times=cache.times + 1))
+        assert path.read_bytes() == written
+        assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.slow
+def test_xl_needs_less_memory_with_its_cache():
+    """Live bytes of DiT-XL/2 with a cache of fifty steps and a label: at most 70 %."""
+    config = dit.CONFIGS["DiT-XL/2"]
+    params = dit.init_params(config)
+    full = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    before = {id(array) for array in jax.live_arrays()}
+    before -= {id(leaf) for leaf in jax.tree.leaves(params)}
+    cache = dit.build_cache(params, config, np.linspace(999, 1, 50), [207])
+    params = dit.strip_modulators(params)
+    held = {*map(id, jax.tree.leaves((params, cache)))}
+    live = [array for array in jax.live_arrays() if id(array) not in before]
+    assert held <= {id(array) for array in live}
+    assert sum(array.nbytes for array in live) <= 0.7 * full

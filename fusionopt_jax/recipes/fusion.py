@@ -19,6 +19,8 @@ from fusionopt_jax._linalg import HotDtype
 from fusionopt_jax._optax import keeping_dtype
 from fusionopt_jax._types import ScalarOrSchedule
 from fusionopt_jax.routing import SCALAR, SPECTRAL, Routing
+from fusionopt_jax.transforms.gain import measure_gain
+from fusionopt_jax.transforms.kl_shampoo import kl_shampoo
 from fusionopt_jax.transforms.mona import mona
 from fusionopt_jax.transforms.normuon import normuon
 from fusionopt_jax.transforms.ns5 import ns5
@@ -43,6 +45,8 @@ def fusion_opt(
     nesterov: bool = False,
     mona_alpha: float = 0.2,
     mona_beta: float = 0.9,
+    shampoo_b2: float = 0.98,
+    shampoo_update_every: int = 10,
     coefficients: str | Sequence[Sequence[float]] = "polar_express",
     steps: int | None = None,
     hot_dtype: HotDtype = "auto",
@@ -55,6 +59,7 @@ def fusion_opt(
     adam_b2: float = 0.99,
     adam_eps: float = 1e-8,
     polyak_rule: PolyakRule | None = "ratio",
+    gains: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Trains matrices spectrally and everything else with Adam, on one step size.
 
@@ -91,6 +96,8 @@ def fusion_opt(
         nesterov: Let the momentum look one step ahead, as Muon's code does.
         mona_alpha: Strength of `"mona"`, see `mona`.
         mona_beta: Decay rate of `"mona"`.
+        shampoo_b2: Decay rate of the factors of `"shampoo"`, see `kl_shampoo`.
+        shampoo_update_every: Steps between two renewals of its bases.
         coefficients: Of `"ns5"`, see `ns5`.
         steps: Of `"ns5"`, see `ns5`.
         hot_dtype: Dtype of the Newton–Schulz iterations, see `ns5`.
@@ -104,6 +111,9 @@ def fusion_opt(
         adam_eps: Adam's epsilon.
         polyak_rule: How the shared factor is computed, see `polyak`; `None` leaves it
             out, and updates need no `value` then.
+        gains: Keep the size of each stage's input and output in the state, for
+            `diagnostics`: `"momentum"`, `"preconditioner"` (the raw gradient through
+            momentum and Shampoo), `"ns5"`, `"normuon"` and, for the rest, `"adam"`.
 
     Returns:
         A complete optimiser: its updates are to be added by `optax.apply_updates`. Its
@@ -142,34 +152,50 @@ def fusion_opt(
     check_count("warmup_steps", warmup_steps)
     check_decay_rate("momentum", momentum)
 
-    spectral: list[optax.GradientTransformation] = []
+    def stage(name: str, tx: optax.GradientTransformation) -> Any:
+        return measure_gain(name, tx) if gains else tx
+
+    smoothing: list[optax.GradientTransformation] = []
     if "mona" in chosen:
-        spectral.append(mona(alpha=mona_alpha, beta=mona_beta))
-    spectral.append(
+        smoothing.append(mona(alpha=mona_alpha, beta=mona_beta))
+    smoothing.append(
         optax.trace(momentum, nesterov=nesterov, accumulator_dtype=jnp.float32)
     )
-    if "ns5" in chosen:
-        spectral.append(
-            ns5(
-                routing=routing,
-                coefficients=coefficients,
-                steps=steps,
-                hot_dtype=hot_dtype,
-                scale="rms",
-                eps=_TINY,
-                audit_every=audit_every,
-            )
-        )
-    else:
+    if "ns5" not in chosen:
         # The orthogonalised update doesn't depend on the momentum's scale; without it
         # the momentum has to be the average of the gradients, not their sum.
-        spectral.append(optax.scale(1 - momentum))
+        smoothing.append(optax.scale(1 - momentum))
+    direction = stage("momentum", optax.chain(*smoothing))
+    if "shampoo" in chosen:
+        preconditioner = kl_shampoo(
+            direction,
+            routing=routing,
+            b2=shampoo_b2,
+            update_every=shampoo_update_every,
+        )
+        direction = stage("preconditioner", preconditioner)
+    spectral: list[optax.GradientTransformation] = [direction]
+    if "ns5" in chosen:
+        orthogonaliser = ns5(
+            routing=routing,
+            coefficients=coefficients,
+            steps=steps,
+            hot_dtype=hot_dtype,
+            scale="rms",
+            eps=_TINY,
+            audit_every=audit_every,
+        )
+        spectral.append(stage("ns5", orthogonaliser))
     if "normuon" in chosen:
-        spectral.append(normuon(beta2=normuon_beta2, routing=routing))
+        normaliser = normuon(beta2=normuon_beta2, routing=routing)
+        spectral.append(stage("normuon", normaliser))
     spectral.append(optax.add_decayed_weights(weight_decay))
 
+    adam = optax.scale_by_adam(
+        b1=adam_b1, b2=adam_b2, eps=adam_eps, mu_dtype=jnp.float32
+    )
     scalar: list[optax.GradientTransformation] = [
-        optax.scale_by_adam(b1=adam_b1, b2=adam_b2, eps=adam_eps, mu_dtype=jnp.float32),
+        stage("adam", adam),
         optax.add_decayed_weights(scalar_weight_decay),
     ]
     if scalar_learning_rate is not None:

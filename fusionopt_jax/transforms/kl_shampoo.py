@@ -311,10 +311,9 @@ def _assembled(
     treedef: Any, pairs: list[Pair], count: Count, inner_state: Any
 ) -> KLShampooState:
     """The state from one pair of sides for each leaf."""
-    no_side = SideState(*[optax.MaskedNode()] * 3)
 
     def tree(side: Literal[0, 1], field: Literal["factor", "basis", "values"]) -> Any:
-        arrays = [getattr(pair[side] or no_side, field) for pair in pairs]
+        arrays = [getattr(pair[side], field, None) for pair in pairs]
         masked = [optax.MaskedNode() if array is None else array for array in arrays]
         return jax.tree.unflatten(treedef, masked)
 

@@ -4,9 +4,11 @@ from fusionopt_jax.diagnostics import diagnostics
 from fusionopt_jax.iterates import ScheduleFreeState, eval_params, fast_params
 from fusionopt_jax.recipes import (
     AccumulateState,
+    RowScaleState,
     WarmStartReport,
     accumulate,
     fusion_opt,
+    fusion_opt_torch,
     warm_start,
     warm_start_report,
 )
@@ -42,6 +44,7 @@ __all__ = [
     "PolyakState",
     "Route",
     "Routing",
+    "RowScaleState",
     "Rule",
     "SNRGateState",
     "ScheduleFreeState",
@@ -53,6 +56,7 @@ __all__ = [
     "eval_params",
     "fast_params",
     "fusion_opt",
+    "fusion_opt_torch",
     "hyperball",
     "kl_shampoo",
     "measure_gain",

@@ -37,7 +37,8 @@ class PolyakState(NamedTuple):
     r"""State of `polyak`.
 
     Attributes:
-        count: Steps that entered the averages.
+        count: Steps that entered the average of the loss; by `"schedule_free_plus"`
+            that of the norm.
         step_size: The factor of the last step, :math:`\gamma_t`; 1 before the first.
         loss_average: Moving average of the loss (`"ratio"`), or the last loss.
         norm_average: Moving average of the gradient's norm.
@@ -169,7 +170,7 @@ def polyak(
             averages = _ratio(updates, state, value)
         else:
             averages = _schedule_free_plus(updates, state, params, value)
-        step_size, loss_average, norm_average, usable = averages
+        step_size, loss_average, norm_average, counted = averages
         if value is not None:
             extra_args["value"] = value
         inner_updates, inner_state = inner_tx.update(
@@ -180,7 +181,7 @@ def polyak(
                 lambda u: (step_size * u).astype(u.dtype), inner_updates
             )
         return inner_updates, PolyakState(
-            count=state.count + usable.astype(jnp.int32),
+            count=state.count + counted.astype(jnp.int32),
             step_size=step_size,
             loss_average=loss_average,
             norm_average=norm_average,
@@ -195,20 +196,22 @@ def polyak(
         loss = state.loss_average if value is None else _as_fp32(value)
         usable = jnp.isfinite(loss) & jnp.isfinite(size)
 
-        def average(old: Scalar, new: Scalar) -> Scalar:
-            mixed = jnp.where(state.count == 0, new, decay * old + (1 - decay) * new)
+        def average(old: Scalar, new: Scalar, started: Array) -> Scalar:
+            mixed = jnp.where(started, decay * old + (1 - decay) * new, new)
             return jnp.where(usable, mixed, old)
 
-        loss_average = (
-            state.loss_average if value is None else average(state.loss_average, loss)
-        )
-        norm_average = average(state.norm_average, size)
+        # The first loss may come later than the first gradient.
+        loss_average, counted = state.loss_average, jnp.zeros_like(usable)
+        if value is not None:
+            loss_average = average(state.loss_average, loss, state.count > 0)
+            counted = usable
+        norm_average = average(state.norm_average, size, state.norm_average > 0)
         tiny = jnp.finfo(jnp.float32).tiny
         ratio = loss_average / jnp.maximum(norm_average, tiny)
         step_size = jnp.clip(ratio, min_ratio, max_ratio)
         if value is None:
             step_size = jnp.ones_like(step_size)
-        return jnp.where(usable, step_size, 0.0), loss_average, norm_average, usable
+        return jnp.where(usable, step_size, 0.0), loss_average, norm_average, counted
 
     def _schedule_free_plus(
         updates: Any,

@@ -31,6 +31,7 @@ from fusionopt_jax.dit.cache_store import (
 from fusionopt_jax.dit.cache_use import cache_rows, check_cache, step_modulation
 from fusionopt_jax.dit.checkpoint import from_pytorch, to_pytorch
 from fusionopt_jax.dit.config import CONFIGS, DiTConfig
+from fusionopt_jax.dit.export import ExportedSampler, export_sampler, load_sampler
 from fusionopt_jax.dit.guidance import apply_with_guidance
 from fusionopt_jax.dit.loops import Samples, run_sampler
 from fusionopt_jax.dit.model import DiT, apply, init_params
@@ -47,6 +48,7 @@ __all__ = [
     "CachedModulation",
     "DiT",
     "DiTConfig",
+    "ExportedSampler",
     "Modulation",
     "Sampler",
     "Samples",
@@ -62,10 +64,12 @@ __all__ = [
     "clear_cache_registry",
     "diffusion_loss",
     "distinct_labels",
+    "export_sampler",
     "from_pytorch",
     "get_or_build_cache",
     "init_params",
     "load_cache",
+    "load_sampler",
     "modulator_bytes",
     "rectified_flow_loss",
     "run_sampler",

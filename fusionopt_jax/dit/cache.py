@@ -226,13 +226,17 @@ def build_cache(
     params = as_dict(params)
     times = schedule_times(times, include_zero_time=include_zero_time)
     distinct = distinct_labels(config, labels)
-    _check_size(config, len(times), len(distinct), dtype, force)
     for part in ("blocks", "final_layer"):
         if "kernel" not in params[part].get("adaLN_modulation", {}):
             raise ValueError(
                 f"`params` have no {part}/adaLN_modulation/kernel: a cache is built "
                 "from the full parameters, before `strip_modulators`."
             )
+    weight_dtype = params["blocks"]["adaLN_modulation"]["kernel"].dtype
+    weights = modulator_bytes(config, weight_dtype)
+    size = cache_bytes(config, len(times), len(distinct), dtype)
+    if not force:
+        _check_size(config, len(times), len(distinct), size, weights)
     used = {
         "t_embedder": params["t_embedder"],
         "y_embedder": params["y_embedder"],
@@ -298,19 +302,20 @@ def schedule_times(
 
 
 def _check_size(
-    config: DiTConfig, steps: int, labels: int, dtype: DTypeLike, force: bool
+    config: DiTConfig, steps: int, labels: int, size: int, weights: int
 ) -> None:
     """Refuse a cache that costs more memory than the weights it replaces."""
-    size, weights = cache_bytes(config, steps, labels, dtype), modulator_bytes(config)
-    if force or size <= max(weights, SIZE_LIMIT):
+    # Below the limit nobody runs out of memory, and a small model's cache is often
+    # larger than its modulators.
+    if size <= max(weights, SIZE_LIMIT):
         return
     raise ValueError(
         f"a cache of {steps} steps x {labels} labels would take "
         f"{size / 2**20:.0f} MiB, more than the {weights / 2**20:.0f} MiB of "
-        "modulators that it replaces (the "
-        f"break-even is steps x labels = {config.hidden_size + 1} at equal dtype). "
-        "Sample without a cache (cache=None), with fewer distinct labels or steps at a "
-        "time, or pass force=True."
+        "modulators that it replaces (the break-even is steps x labels = "
+        f"{config.hidden_size + 1} at equal dtype). Sample without a cache "
+        "(cache=None), with fewer distinct labels or steps at a time, or pass "
+        "force=True."
     )
 
 

@@ -1,14 +1,15 @@
 """A short integer per weight array that changes whenever any bit of the array does.
 
-For element i with bits b_i the digest is, modulo 2^32, the sum over i of
-mix(b_i + seed * mix(i + seed)), with a mixing function that is a bijection of 32-bit
-words. So a change of one element changes the digest with certainty, and any other
-change escapes with a chance of about 2^-64 (two seeds). Integers add up exactly, in
-every order: the digest is the same on every device, sharded or not, and NaN is a bit
-pattern like any other.
+For element i with bits b_i and position word p_i = mix(i), the digest is, modulo 2^32,
+the two sums over i of h_i = mix(SEED b_i + p_i) and of (p_i | 1) h_i, with a mixing
+function that is a bijection of 32-bit words. So a change of one element changes the
+digest with certainty, and any other change escapes with a chance of about 2^-64.
+Integers add up exactly, in every order: the digest is the same on every device, sharded
+or not, and NaN is a bit pattern like any other.
 """
 
 import functools
+import math
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -20,8 +21,8 @@ from jaxtyping import Array, Shaped, UInt32
 
 from fusionopt_jax._types import Params
 
-SEEDS = (0x9E3779B1, 0x85EBCA77)
-"""Two odd constants; with one, chance collisions of 2^-32 would be within reach."""
+SEED = 0x9E3779B1
+"""An odd constant, so that the product with it is a bijection."""
 
 PARTS: tuple[tuple[str, ...], ...] = (
     ("t_embedder", "fc1", "kernel"),
@@ -75,34 +76,54 @@ def _part_digest(params: Params, path: tuple[str, ...]) -> Any:
 def array_digest(array: Any) -> UInt32[np.ndarray, "2"]:
     """The digest of one array; remembered for as long as a device array lives."""
     if not isinstance(array, jax.Array):
-        return np.asarray(_digest(jnp.asarray(array)))
+        return np.asarray(_digest(jnp.asarray(array), True))
     known = _known.get(id(array))
     # A device array never changes, but its id can be given to another one later.
     if known is not None and known[0]() is array:
         return known[1]
-    digest = np.asarray(_digest(array))
+    # A loop over a sharded axis would gather it.
+    digest = np.asarray(_digest(array, len(array.sharding.device_set) == 1))
     key = id(array)
     _known[key] = (weakref.ref(array, lambda _: _known.pop(key, None)), digest)
     return digest
 
 
-@functools.partial(jax.jit)
-def _digest(array: Shaped[Array, "..."]) -> UInt32[Array, "2"]:
-    """Sum of mixed bits under both seeds."""
+@functools.partial(jax.jit, static_argnums=1)
+def _digest(array: Shaped[Array, "..."], layered: bool) -> UInt32[Array, "2"]:
+    """Both sums of mixed bits."""
+    if array.ndim < 3 or not layered:
+        return _sums(array, jnp.uint32(0))
+    # Layer by layer: backends that do not fuse this into one pass would otherwise hold
+    # two words more for every weight.
+    size = math.prod(array.shape[1:])
+
+    def add_layer(
+        total: UInt32[Array, "2"], layer: tuple[UInt32[Array, ""], Array]
+    ) -> tuple[UInt32[Array, "2"], None]:
+        """Add the sums of one layer."""
+        index, values = layer
+        return total + _sums(values, index * jnp.uint32(size % 2**32)), None
+
+    indices = jnp.arange(array.shape[0], dtype=jnp.uint32)
+    zero = jnp.zeros(2, jnp.uint32)
+    return jax.lax.scan(add_layer, zero, (indices, array))[0]
+
+
+def _sums(array: Shaped[Array, "..."], start: UInt32[Array, ""]) -> UInt32[Array, "2"]:
+    """Both sums of an array whose first element has position `start`."""
     words = _as_words(array)
-    position = jnp.zeros(words.shape, jnp.uint32)
+    position = jnp.broadcast_to(start, words.shape)
     stride = 1
     for axis in reversed(range(words.ndim)):
         # Per axis instead of a flat index: reshaping would gather a sharded array.
         index = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
         position = position + index * jnp.uint32(stride % 2**32)
         stride *= words.shape[axis]
-    kind = jnp.uint32(sum(str(array.dtype).encode()))
-    digests = []
-    for seed in SEEDS:
-        salted = words * jnp.uint32(seed) + _mix(position + jnp.uint32(seed) + kind)
-        digests.append(jnp.sum(_mix(salted), dtype=jnp.uint32))
-    return jnp.stack(digests)
+    place = _mix(position + jnp.uint32(sum(str(array.dtype).encode())))
+    mixed = _mix(words * jnp.uint32(SEED) + place)
+    first = jnp.sum(mixed, dtype=jnp.uint32)
+    second = jnp.sum(mixed * (place | jnp.uint32(1)), dtype=jnp.uint32)
+    return jnp.stack([first, second])
 
 
 def _as_words(array: Shaped[Array, "..."]) -> UInt32[Array, "..."]:

@@ -316,9 +316,9 @@ def _check_modulators(params: Params) -> None:
 
 
 def _check_modulation(
-    config: DiTConfig, batch: int, modulation: CachedModulation
+    config: DiTConfig, batch: Any, modulation: CachedModulation
 ) -> None:
-    """Require a cache step that belongs to a model of these sizes and this batch."""
+    """Require a cache step for these sizes and this batch, which may be symbolic."""
     width, block_shape = config.hidden_size, modulation.block.shape
     rows = block_shape[1] if len(block_shape) == 4 else -1
     expected = {

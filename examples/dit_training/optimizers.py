@@ -1,6 +1,7 @@
 """The four optimizers to compare, and which weights of a DiT are matrices."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -105,6 +106,7 @@ def step_size(name: str, steps: int, opt_state: Any, step: jax.Array) -> jax.Arr
     )
 
 
+@partial(jax.jit, static_argnums=0)
 def deployed(name: str, opt_state: Any, params: Any) -> Any:
     """The weights to evaluate and to keep: for the schedule-free ones, the average."""
     return params if name in NEEDS_HORIZON else fo.eval_params(opt_state, params)

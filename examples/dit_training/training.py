@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dit_training import optimizers
 from fusionopt_jax import dit
@@ -33,6 +34,7 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def init_state(config: dit.DiTConfig, optimizer: str, seed: int) -> TrainState:
     """Fresh weights; no optimizer's first state depends on its learning rate."""
     params = dit.init_params(config, seed)
@@ -110,15 +112,8 @@ def make_validation_loss(config: dit.DiTConfig) -> Callable[..., jax.Array]:
     return validation_loss
 
 
-@jax.jit
-def all_finite(tree: Any) -> jax.Array:
+def all_finite(tree: Any) -> bool:
     """Whether no number in a tree is NaN or infinite."""
-    return jnp.all(
-        jnp.stack(
-            [
-                jnp.all(jnp.isfinite(leaf))
-                for leaf in jax.tree.leaves(tree)
-                if jnp.issubdtype(leaf.dtype, jnp.inexact)
-            ]
-        )
+    return all(
+        np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(tree))
     )

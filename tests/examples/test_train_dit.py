@@ -185,7 +185,7 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(
     )
     assert "not finite at step" in message
     assert "--learning-rate" in message
-    assert bool(training.all_finite(state))
+    assert training.all_finite(state)
     assert not (tmp_path / "summary.json").exists()
 
 

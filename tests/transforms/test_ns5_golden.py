@@ -1,5 +1,7 @@
 """`ns5` against the published Newton-Schulz routines."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,8 @@ import pytest
 import fusionopt_jax as fo
 from tests import _compare, _golden
 from tests.references import newton_schulz
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 PARTS, FLOOR = _golden.newton_schulz()
 
@@ -20,6 +24,7 @@ ROUTING = fo.Routing(
 )
 
 
+@functools.cache
 def orthogonalized(**settings):
     """All recorded inputs through one compiled update."""
     tx = fo.ns5(routing=ROUTING, **settings)

@@ -122,8 +122,8 @@ def sample(
     noise = jnp.asarray(noise, jnp.float32)
     labels = jnp.asarray(labels)
     guided = not (isinstance(cfg_scale, int | float) and cfg_scale == 1.0)
-    _check_request(config, noise, labels, sampler, cfg_scale, cfg_channels)
-    interval = _checked_interval(guidance_interval)
+    interval = check_sampler(config, sampler, cfg_channels, guidance_interval)
+    _check_request(config, noise, labels, cfg_scale)
     if guided:
         # Raises where the model has no null label to guide with.
         _ = config.null_label
@@ -309,11 +309,9 @@ def _check_request(
     config: DiTConfig,
     noise: Array,
     labels: Array,
-    sampler: Sampler,
     cfg_scale: Any,
-    cfg_channels: GuidedChannels,
 ) -> None:
-    """Require noise, labels and settings that fit the model and each other."""
+    """Require noise, labels and scales that fit the model and each other."""
     size, channels = config.input_size, config.in_channels
     if noise.ndim != 4 or noise.shape[1:] != (size, size, channels):
         raise ValueError(
@@ -326,19 +324,12 @@ def _check_request(
             f"got {_checks.shape_text(labels)}."
         )
     check_labels(config, labels)
-    _checks.check_choice("cfg_channels", cfg_channels, (None, 3))
     if not isinstance(cfg_scale, jax.Array):
         _checks.check_number("cfg_scale", cfg_scale, low=0.0)
     elif cfg_scale.shape not in ((), noise.shape[:1]):
         raise ValueError(
             "`cfg_scale` must be one number, or one per image of shape "
             f"[{noise.shape[0]}], got {_checks.shape_text(cfg_scale)}."
-        )
-    if sampler.reads_variance and not config.learn_sigma:
-        raise ValueError(
-            "`sampler` reads a learned variance, which a model with learn_sigma=False "
-            "does not predict; use Sampler.ddpm(variance='fixed_small') or "
-            "'fixed_large'."
         )
 
 
@@ -360,10 +351,20 @@ def _check_cache_fits(
     check_cache(cache, params, config, times=sampler.host_times(), labels=wanted)
 
 
-def _checked_interval(
+def check_sampler(
+    config: DiTConfig,
+    sampler: Sampler,
+    cfg_channels: GuidedChannels,
     interval: tuple[float, float] | None,
 ) -> tuple[float, float] | None:
-    """The guidance interval as two floats, in order and within [0, 1]."""
+    """Require settings that the model can serve; returns the interval as floats."""
+    _checks.check_choice("cfg_channels", cfg_channels, (None, 3))
+    if sampler.reads_variance and not config.learn_sigma:
+        raise ValueError(
+            "`sampler` reads a learned variance, which a model with learn_sigma=False "
+            "does not predict; use Sampler.ddpm(variance='fixed_small') or "
+            "'fixed_large'."
+        )
     if interval is None:
         return None
     if len(interval) != 2:

@@ -1,0 +1,402 @@
+"""One file that holds a whole sampler: program, weights and cache.
+
+The program is compiled code's portable form (StableHLO through `jax.export`), lowered
+for several platforms at once. It takes the weights as arguments, so the file holds them
+once. With a cache the program reads neither modulators nor embedders, and none are
+written.
+
+The file is a zip of `program.bin`, one `.npy` per array, `signature.json` and
+`README.txt`, which shows how to run it with JAX and NumPy alone. JAX reads programs with
+the FlatBuffers runtime, which it does not install, so the zip carries that small package
+too. Nothing in it is pickled.
+"""
+
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import tempfile
+import zipfile
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from fusionopt_jax import _checks
+from fusionopt_jax._types import Params
+from fusionopt_jax.dit.cache import TimeConditioningCache
+from fusionopt_jax.dit.cache_use import check_cache
+from fusionopt_jax.dit.config import DiTConfig
+from fusionopt_jax.dit.model import as_dict
+from fusionopt_jax.dit.samplers import Sampler
+from fusionopt_jax.dit.sampling import GuidedChannels, check_sampler, walk
+
+FORMAT = "fusionopt_jax sampler 1"
+"""First entry of `signature.json`; a reader refuses any other."""
+
+README = """\
+A sampler of a diffusion transformer, to be run with JAX and NumPy alone:
+
+import io, json, sys, zipfile
+import jax, numpy as np
+from jax import export
+
+sys.path.append("sampler.zip")    # the flatbuffers package, if there is none
+with zipfile.ZipFile("sampler.zip") as file:
+    signature = json.loads(file.read("signature.json"))
+    program = export.deserialize(bytearray(file.read("program.bin")))
+    arrays = [
+        np.load(io.BytesIO(file.read(a["file"]))).view(jax.numpy.dtype(a["dtype"]))
+        for a in signature["arrays"]
+    ]
+noise = np.random.default_rng(0).standard_normal(
+    (2, *signature["image_shape"]), dtype=np.float32
+)
+labels = np.array(signature["labels"][:1] * 2, np.int32)
+inputs = [arrays, noise, labels, np.float32(4.0)]    # 4.0: guidance scale
+if signature["needs_key"]:
+    inputs.append(np.array([0, 1], np.uint32))       # key data
+images = np.asarray(jax.jit(program.call)(*inputs))
+
+Only the labels in signature.json can be asked for; any other gives NaN.
+As with any program, run only files that you trust.
+
+The folder flatbuffers is the FlatBuffers runtime (https://github.com/google/flatbuffers,
+Apache License 2.0), unchanged.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportedSampler:
+    """A sampler read from a file; call it with noise and labels.
+
+    Attributes:
+        signature: What the file says of itself: labels, times, sampler, sizes,
+            platforms.
+        arrays: Weights and cache, in the order of the program's arguments.
+        program: The compiled form, called with the arrays before the inputs.
+    """
+
+    signature: dict[str, Any]
+    arrays: list[Array]
+    program: Callable[..., Array]
+
+    def __call__(
+        self,
+        noise: Float[Array | np.ndarray, "batch height width channels"],
+        labels: Int[Array | np.ndarray, " batch"] | Sequence[int],
+        cfg_scale: float = 1.5,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "batch height width channels"]:
+        """Sample images of the given labels.
+
+        Args:
+            noise: Standard normal, [batch, height, width, channels].
+            labels: [batch], each one of `signature["labels"]`.
+            cfg_scale: Guidance scale; without effect if exported with `guided=False`.
+            key: Randomness, if `signature["needs_key"]`.
+
+        Returns:
+            Images, float32, shaped as `noise`.
+
+        Raises:
+            ValueError: If a shape does not fit, a label is not in the file, or a key is
+                missing.
+        """
+        shape = tuple(self.signature["image_shape"])
+        size = self.signature["batch_size"]
+        noise = jnp.asarray(noise, jnp.float32)
+        labels = jnp.asarray(labels, jnp.int32)
+        if noise.shape[1:] != shape or (size is not None and len(noise) != size):
+            raise ValueError(
+                f"`noise` must have shape {[size or 'batch', *shape]}, got "
+                f"{_checks.shape_text(noise)}."
+            )
+        if labels.shape != noise.shape[:1]:
+            raise ValueError(
+                f"`labels` must have shape [{len(noise)}], one per image, got "
+                f"{_checks.shape_text(labels)}."
+            )
+        known = self.signature["labels"]
+        missing = np.setdiff1d(np.asarray(labels), known)
+        if missing.size:
+            raise ValueError(
+                f"`labels` has {missing[0]}, which this file can't sample; it was "
+                f"exported for {known}."
+            )
+        inputs = [noise, labels, jnp.float32(cfg_scale)]
+        if self.signature["needs_key"]:
+            if key is None:
+                raise ValueError(
+                    f"`key` is needed: {self.signature['sampler']['method']!r} draws "
+                    "noise at every step; pass key=jax.random.key(0)."
+                )
+            inputs.append(_key_data(key))
+        return self.program(self.arrays, *inputs)
+
+
+def export_sampler(
+    path: str | os.PathLike[str],
+    params: Params,
+    config: DiTConfig,
+    cache: TimeConditioningCache,
+    sampler: Sampler,
+    *,
+    guided: bool = True,
+    cfg_channels: GuidedChannels = None,
+    guidance_interval: tuple[float, float] | None = None,
+    batch_size: int | None = None,
+    platforms: Sequence[str] = ("cpu", "cuda"),
+    dtype: DTypeLike = jnp.float32,
+) -> None:
+    """Write a sampler that runs without this library.
+
+    The file holds the program, the weights that it reads and the cache. It samples the
+    labels of the cache, no others.
+
+    Args:
+        path: File to write, such as "sampler.zip". It appears whole or not at all.
+        params: Parameters, with or without the modulators, which are not written.
+        config: Sizes of the model.
+        cache: What `build_cache` made for these parameters and `sampler.eval_times()`.
+        sampler: The walk.
+        guided: Whether each step also evaluates the null label. The guidance scale
+            stays an input.
+        cfg_channels: As for `sample`.
+        guidance_interval: As for `sample`.
+        batch_size: Number of images per call; None leaves it open.
+        platforms: Names that `jax.export` knows; no such device needs to be here.
+        dtype: Type of the operands of the large products.
+
+    Raises:
+        StaleCacheError: If the cache was made for other weights or times, or lacks the
+            null label that guidance needs.
+        ValueError: If a setting is out of range, or the sampler reads a variance that
+            the model does not predict.
+
+    Example:
+        >>> import tempfile
+        >>> from fusionopt_jax import dit
+        >>> config = dit.DiTConfig(input_size=4, hidden_size=32, depth=1, num_heads=2)
+        >>> params, sampler = dit.init_params(config), Sampler.euler(steps=2)
+        >>> cache = dit.build_cache(params, config, sampler.eval_times(), [207])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder) / "sampler.zip"
+        ...     export_sampler(path, params, config, cache, sampler, platforms=["cpu"])
+        ...     images = load_sampler(path)(jnp.ones((1, 4, 4, 4)), [207])
+        >>> images.shape
+        (1, 4, 4, 4)
+    """
+    runtime = _flatbuffers_files()
+    _checks.check_choice("guided", guided, (True, False))
+    if batch_size is not None:
+        _checks.check_integer("batch_size", batch_size, low=1)
+    interval = check_sampler(config, sampler, cfg_channels, guidance_interval)
+    null = [config.null_label] if guided else None
+    check_cache(cache, params, config, times=sampler.host_times(), labels=null)
+    named, rebuild = _arrays_of(as_dict(params), cache)
+
+    def program(
+        arrays: list[Array],
+        noise: Array,
+        labels: Array,
+        cfg_scale: Array,
+        key_data: Array | None = None,
+    ) -> Array:
+        """All of sampling, as a function of arrays."""
+        weights, table = rebuild(arrays)
+        key = None if key_data is None else jax.random.wrap_key_data(key_data)
+        return walk(
+            weights,
+            table,
+            noise,
+            labels,
+            cfg_scale,
+            key,
+            config=config,
+            sampler=sampler,
+            guided=guided,
+            cfg_channels=cfg_channels,
+            interval=interval,
+            dtype=jnp.dtype(dtype),
+        ).images
+
+    image_shape = (config.input_size, config.input_size, config.in_channels)
+    batch: Any = batch_size
+    if batch_size is None:
+        (batch,) = export.symbolic_shape("batch")
+    inputs = [
+        [jax.ShapeDtypeStruct(array.shape, array.dtype) for _, array in named],
+        jax.ShapeDtypeStruct((batch, *image_shape), np.float32),
+        jax.ShapeDtypeStruct((batch,), np.int32),
+        jax.ShapeDtypeStruct((), np.float32),
+    ]
+    if sampler.is_random:
+        inputs.append(_key_data(jax.random.key(0)))
+    exported = export.export(jax.jit(program), platforms=list(platforms))(*inputs)
+    signature = {
+        "format": FORMAT,
+        "jax_version": jax.__version__,
+        "platforms": list(exported.platforms),
+        "image_shape": list(image_shape),
+        "batch_size": batch_size,
+        "labels": sorted({int(label) for label in np.asarray(cache.labels)}),
+        "null_label": config.num_classes if config.has_null_label else None,
+        "guided": guided,
+        "needs_key": sampler.is_random,
+        "model_times": sampler.host_times().tolist(),
+        "sampler": dataclasses.asdict(sampler),
+        "config": dataclasses.asdict(config),
+        "arrays": [
+            {"name": name, "file": f"arrays/{index}.npy", "dtype": array.dtype.name}
+            for index, (name, array) in enumerate(named)
+        ],
+    }
+    _write(pathlib.Path(path), signature, exported.serialize(), named, runtime)
+
+
+def load_sampler(path: str | os.PathLike[str]) -> ExportedSampler:
+    """Read what `export_sampler` wrote.
+
+    Args:
+        path: The file.
+
+    Returns:
+        A function of noise and labels; see `ExportedSampler`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is no exported sampler, or is damaged, or was exported
+            for other platforms than this one.
+
+    Example:
+        See `export_sampler`.
+    """
+    path = pathlib.Path(path)
+    _flatbuffers_files()
+    try:
+        with zipfile.ZipFile(path) as file:
+            signature = json.loads(file.read("signature.json"))
+            if signature.get("format") != FORMAT:
+                raise ValueError(
+                    f"its format is {signature.get('format')!r}, not {FORMAT!r}"
+                )
+            exported = export.deserialize(bytearray(file.read("program.bin")))
+            arrays = [
+                _read_array(file.read(entry["file"]), entry["dtype"])
+                for entry in signature["arrays"]
+            ]
+    except (zipfile.BadZipFile, KeyError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not a sampler that `export_sampler` wrote: {error}; export it "
+            "again."
+        ) from error
+    # JAX names its backend "gpu" where exports say "cuda".
+    platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    if platform not in exported.platforms:
+        raise ValueError(
+            f"{path} was exported for {list(exported.platforms)}, not for "
+            f"{platform!r}; export it again with platforms=[{platform!r}]."
+        )
+    return ExportedSampler(signature, arrays, jax.jit(exported.call))
+
+
+def _arrays_of(
+    params: Params, cache: TimeConditioningCache
+) -> tuple[list[tuple[str, Array]], Callable[[list[Array]], Any]]:
+    """The arrays that a program with a cache reads, named, and how to put them back."""
+    weights = {
+        "x_embedder": params["x_embedder"],
+        "blocks": {
+            name: part
+            for name, part in params["blocks"].items()
+            if name != "adaLN_modulation"
+        },
+        "final_layer": {"linear": params["final_layer"]["linear"]},
+    }
+    tree = (weights, (cache.block, cache.final, cache.labels))
+    leaves, structure = jax.tree.flatten(tree)
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(weights)]
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
+    names += ["cache/block", "cache/final", "cache/labels"]
+
+    def rebuild(arrays: list[Array]) -> Any:
+        """Weights and cache again, out of a flat list."""
+        weights, (block, final, labels) = jax.tree.unflatten(structure, arrays)
+        return weights, dataclasses.replace(
+            cache, block=block, final=final, labels=labels
+        )
+
+    return list(zip(names, leaves, strict=True)), rebuild
+
+
+def _flatbuffers_files() -> dict[str, bytes]:
+    """The FlatBuffers runtime: Python files and its metadata, by path."""
+    try:
+        files = metadata.files("flatbuffers") or []
+    except metadata.PackageNotFoundError as error:
+        raise ImportError(
+            "programs are written and read with flatbuffers, which is not installed; "
+            'install the extra `dit`: pip install "fusionopt-jax[dit]".'
+        ) from error
+    kept = [f for f in files if f.suffix == ".py" or f.name == "METADATA"]
+    return {f.as_posix(): f.read_binary() for f in kept}
+
+
+def _write(
+    path: pathlib.Path,
+    signature: dict[str, Any],
+    program: bytes | bytearray,
+    named: list[tuple[str, Array]],
+    runtime: dict[str, bytes],
+) -> None:
+    """Write the zip beside its place, then move it there in one step."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with (
+            os.fdopen(handle, "wb") as stream,
+            zipfile.ZipFile(stream, "w") as file,
+        ):
+            file.writestr("README.txt", README)
+            file.writestr("signature.json", json.dumps(signature, indent=1))
+            file.writestr("program.bin", bytes(program))
+            for entry, (_, array) in zip(signature["arrays"], named, strict=True):
+                file.writestr(entry["file"], _array_bytes(array))
+            for name, content in runtime.items():
+                file.writestr(name, content)
+        pathlib.Path(temporary).replace(path)
+    except BaseException:
+        pathlib.Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _array_bytes(array: Array) -> bytes:
+    """An array in NumPy's file format; bfloat16, which it lacks, as its bits."""
+    host = np.asarray(array)
+    if host.dtype.kind not in "fiub" or host.dtype.name == "bfloat16":
+        host = host.view(f"u{host.dtype.itemsize}")
+    buffer = io.BytesIO()
+    np.save(buffer, host, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _read_array(data: bytes, dtype: str) -> Array:
+    """An array back from NumPy's file format."""
+    return jnp.asarray(
+        np.load(io.BytesIO(data), allow_pickle=False).view(jnp.dtype(dtype))
+    )
+
+
+def _key_data(key: PRNGKeyArray) -> Array:
+    """The two words of a key, typed or raw, of JAX's default generator."""
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.key_data(key)
+    return key

@@ -1,0 +1,177 @@
+"""Exported samplers: the same images, in a process that lacks this library."""
+
+import json
+import subprocess
+import sys
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fusionopt_jax import dit
+from tests._compare import assert_within
+
+CONFIG = dit.DiTConfig(
+    input_size=4, hidden_size=32, depth=2, num_heads=2, num_classes=10
+)
+SAMPLER = dit.Sampler.ddpm("3")
+LABELS = [3, 7]
+
+
+def weights(dtype=jnp.float32):
+    """Parameters in which no layer is zero."""
+    params = dit.init_params(CONFIG)
+    return jax.tree.map(lambda leaf: (leaf + 0.02).astype(dtype), params)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A DDPM sampler for two labels, exported once."""
+    path = tmp_path_factory.mktemp("export") / "sampler.zip"
+    params = weights()
+    cache = dit.build_cache(params, CONFIG, SAMPLER.eval_times(), LABELS)
+    dit.export_sampler(path, dit.strip_modulators(params), CONFIG, cache, SAMPLER)
+    return path
+
+
+@pytest.fixture(scope="module")
+def loaded(exported):
+    return dit.load_sampler(exported)
+
+
+def direct(noise, labels, key=None, params=None, sampler=SAMPLER):
+    """The same request through the library."""
+    params = weights() if params is None else params
+    cache = dit.build_cache(params, CONFIG, sampler.eval_times(), LABELS)
+    return dit.sample(params, CONFIG, cache, noise, labels, sampler, 4.0, key=key)
+
+
+def test_gives_the_images_of_sample_for_any_batch(loaded):
+    key, labels = jax.random.key(1), [3, 7, 10]
+    noise = jax.random.normal(jax.random.key(2), (3, 4, 4, 4))
+    images, expected = loaded(noise, labels, 4.0, key=key), direct(noise, labels, key)
+    scale = float(jnp.abs(expected).max())
+    # The same program, compiled apart.
+    assert_within(images / scale, expected / scale, 1e-5)
+    assert loaded(noise[:1], [7], key=key).shape == (1, 4, 4, 4)
+
+
+def test_the_readme_runs_without_this_library(exported, tmp_path):
+    with zipfile.ZipFile(exported) as file:
+        readme = file.read("README.txt").decode()
+    code = readme[readme.index("import io") : readme.index("Only the labels")]
+    blocked = ("fusionopt_jax", "flax", "optax", "jaxtyping")
+    script = "\n".join(
+        [
+            "import sys, importlib.abc",
+            "class Blocker(importlib.abc.MetaPathFinder):",
+            "    def find_spec(self, name, path=None, target=None):",
+            f"        if name.split('.')[0] in {blocked!r}:",
+            "            raise ImportError('blocked: ' + name)",
+            "sys.meta_path.insert(0, Blocker())",
+            # Before the installed packages, so that the file's own copy is what runs.
+            f"sys.path.insert(0, {str(exported)!r})",
+            code.replace('"sampler.zip"', repr(str(exported))),
+            "import flatbuffers",
+            "assert 'sampler.zip' in flatbuffers.__file__, flatbuffers.__file__",
+            f"np.save({str(tmp_path / 'images.npy')!r}, images)",
+        ]
+    )
+    subprocess.run(
+        [sys.executable, "-I", "-c", script], check=True, cwd=tmp_path, timeout=300
+    )
+    noise = np.random.default_rng(0).standard_normal((2, 4, 4, 4), dtype=np.float32)
+    key = jax.random.wrap_key_data(jnp.array([0, 1], jnp.uint32))
+    expected = direct(noise, [3, 3], key)
+    scale = float(jnp.abs(expected).max())
+    images = np.load(tmp_path / "images.npy")
+    # The same program in another process, with products in the platform's precision.
+    assert_within(images / scale, expected / scale, 1e-4)
+
+
+def test_the_file_says_what_is_in_it(exported, loaded):
+    assert loaded.signature["labels"] == [3, 7, 10]
+    assert loaded.signature["platforms"] == ["cpu", "cuda"]
+    assert loaded.signature["model_times"] == SAMPLER.eval_times().tolist()
+    names = [entry["name"] for entry in loaded.signature["arrays"]]
+    assert not [name for name in names if "adaLN" in name or "embedder/fc" in name]
+    held = sum(array.nbytes for array in loaded.arrays)
+    full = sum(leaf.nbytes for leaf in jax.tree.leaves(weights()))
+    cache = 3 * 4 * (2 * 6 + 2) * 32 * 4
+    assert held < full + cache - dit.modulator_bytes(CONFIG)
+
+
+def test_half_precision_weights_survive(tmp_path):
+    params = weights(jnp.bfloat16)
+    sampler = dit.Sampler.euler(2)
+    cache = dit.build_cache(params, CONFIG, sampler.eval_times(), LABELS)
+    path = tmp_path / "half.zip"
+    dit.export_sampler(
+        path, params, CONFIG, cache, sampler, platforms=["cpu"], batch_size=2
+    )
+    loaded = dit.load_sampler(path)
+    noise = jax.random.normal(jax.random.key(2), (2, 4, 4, 4))
+    expected = direct(noise, LABELS, params=params, sampler=sampler)
+    assert {str(array.dtype) for array in loaded.arrays} >= {"bfloat16"}
+    assert_within(loaded(noise, LABELS, 4.0), expected, 1e-5)
+    with pytest.raises(ValueError, match=r"\[2, 4, 4, 4\]"):
+        loaded(noise[:1], [3])
+
+
+def test_requests_that_the_file_cannot_serve_are_errors(loaded, unchecked_types):
+    noise = jnp.zeros((2, 4, 4, 4))
+    key = jax.random.key(0)
+    with pytest.raises(ValueError, match="has 4"):
+        loaded(noise, [3, 4], key=key)
+    with pytest.raises(ValueError, match="one per image"):
+        loaded(noise, [3], key=key)
+    with pytest.raises(ValueError, match="noise"):
+        loaded(noise[..., :3], [3, 7], key=key)
+    with pytest.raises(ValueError, match="key"):
+        loaded(noise, [3, 7])
+
+
+def test_a_file_that_is_no_sampler_is_an_error(exported, tmp_path):
+    damaged = tmp_path / "damaged.zip"
+    with pytest.raises(FileNotFoundError):
+        dit.load_sampler(damaged)
+    damaged.write_bytes(exported.read_bytes()[:-500])
+    with pytest.raises(ValueError, match="is not a sampler"):
+        dit.load_sampler(damaged)
+    for name, content in {
+        "signature.json": b"{}",
+        "other.txt": b"",
+        "signature": b"[]",
+    }.items():
+        with zipfile.ZipFile(damaged, "w") as file:
+            file.writestr(name, content)
+        with pytest.raises(ValueError, match="is not a sampler"):
+            dit.load_sampler(damaged)
+
+
+def test_a_file_for_other_platforms_is_an_error(exported, tmp_path):
+    path = tmp_path / "cuda.zip"
+    params, sampler = weights(), dit.Sampler.euler(1)
+    cache = dit.build_cache(params, CONFIG, sampler.eval_times(), [3])
+    dit.export_sampler(path, params, CONFIG, cache, sampler, platforms=["cuda"])
+    with zipfile.ZipFile(path) as file:
+        assert json.loads(file.read("signature.json"))["platforms"] == ["cuda"]
+    if jax.default_backend() == "cpu":
+        with pytest.raises(ValueError, match="exported for"):
+            dit.load_sampler(path)
+
+
+def test_nothing_is_written_for_a_cache_that_does_not_fit(tmp_path):
+    params = weights()
+    cache = dit.build_cache(params, CONFIG, SAMPLER.eval_times(), LABELS)
+    other = jax.tree.map(lambda leaf: leaf + 1e-3, params)
+    path = tmp_path / "sampler.zip"
+    with pytest.raises(dit.StaleCacheError, match="weights"):
+        dit.export_sampler(path, other, CONFIG, cache, SAMPLER)
+    with pytest.raises(dit.StaleCacheError, match="times"):
+        dit.export_sampler(path, params, CONFIG, cache, dit.Sampler.euler(3))
+    with pytest.raises(ValueError, match="batch_size"):
+        dit.export_sampler(path, params, CONFIG, cache, SAMPLER, batch_size=0)
+    assert not list(tmp_path.iterdir())

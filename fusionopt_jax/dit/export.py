@@ -6,9 +6,9 @@ once. With a cache the program reads neither modulators nor embedders, and none 
 written.
 
 The file is a zip of `program.bin`, one `.npy` per array, `signature.json` and
-`README.txt`, which shows how to run it with JAX and NumPy alone. JAX reads programs with
-the FlatBuffers runtime, which it does not install, so the zip carries that small package
-too. Nothing in it is pickled.
+`README.txt`, which shows how to run it with JAX and NumPy alone. JAX reads programs
+with the FlatBuffers runtime, which it does not install, so the zip carries that small
+package too. Nothing in it is pickled.
 """
 
 import dataclasses

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 TransformLike = optax.GradientTransformation | optax.GradientTransformationExtraArgs
@@ -35,3 +36,23 @@ def keeping_dtype(inner: TransformLike) -> optax.GradientTransformationExtraArgs
         return cast, state
 
     return transformation(inner_tx.init, update_fn)
+
+
+def in_float32(inner: TransformLike) -> optax.GradientTransformationExtraArgs:
+    """`inner` on gradients widened to fp32, so that all it accumulates is fp32 too."""
+    inner_tx = accepting_extra_args(inner)
+
+    def widened(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), tree
+        )
+
+    def init_fn(params: Any) -> Any:
+        return inner_tx.init(widened(params))
+
+    def update_fn(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        return inner_tx.update(widened(updates), state, params, **extra_args)
+
+    return transformation(init_fn, update_fn)

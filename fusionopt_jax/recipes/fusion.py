@@ -16,14 +16,14 @@ from fusionopt_jax._checks import (
     is_concrete_number,
 )
 from fusionopt_jax._linalg import HotDtype
-from fusionopt_jax._optax import keeping_dtype
+from fusionopt_jax._optax import in_float32, keeping_dtype
 from fusionopt_jax._types import ScalarOrSchedule
 from fusionopt_jax.routing import SCALAR, SPECTRAL, Routing
 from fusionopt_jax.transforms.gain import measure_gain
 from fusionopt_jax.transforms.kl_shampoo import kl_shampoo
 from fusionopt_jax.transforms.mona import mona
 from fusionopt_jax.transforms.normuon import normuon
-from fusionopt_jax.transforms.ns5 import ns5
+from fusionopt_jax.transforms.ns5 import Scale, ns5
 from fusionopt_jax.transforms.polyak import PolyakRule, polyak
 from fusionopt_jax.transforms.schedule_free import schedule_free
 
@@ -50,6 +50,7 @@ def fusion_opt(
     coefficients: str | Sequence[Sequence[float]] = "polar_express",
     steps: int | None = None,
     hot_dtype: HotDtype = "auto",
+    scale: Scale = "rms",
     audit_every: int | None = None,
     normuon_beta2: float = 0.95,
     b1: float = 0.6,
@@ -101,6 +102,8 @@ def fusion_opt(
         coefficients: Of `"ns5"`, see `ns5`.
         steps: Of `"ns5"`, see `ns5`.
         hot_dtype: Dtype of the Newton–Schulz iterations, see `ns5`.
+        scale: Of `"ns5"`, see `ns5`. `"rms"` lets one learning rate serve both groups;
+            `"aspect"` is Muon's own.
         audit_every: How often `"ns5"` is checked against fp32, see `ns5`.
         normuon_beta2: Decay rate of `"normuon"`.
         b1: Schedule-Free's interpolation, see `schedule_free`.
@@ -181,7 +184,7 @@ def fusion_opt(
             coefficients=coefficients,
             steps=steps,
             hot_dtype=hot_dtype,
-            scale="rms",
+            scale=scale,
             eps=_TINY,
             audit_every=audit_every,
         )
@@ -195,7 +198,7 @@ def fusion_opt(
         b1=adam_b1, b2=adam_b2, eps=adam_eps, mu_dtype=jnp.float32
     )
     scalar: list[optax.GradientTransformation] = [
-        stage("adam", adam),
+        stage("adam", in_float32(adam)),
         optax.add_decayed_weights(scalar_weight_decay),
     ]
     if scalar_learning_rate is not None:

@@ -132,8 +132,13 @@ def schedule_free(
             return keep_average
         b1_is_zero = isinstance(b1, int | float) and b1 == 0
         width = jnp.finfo(state_dtype).bits
-        return b1_is_zero or any(
-            jnp.finfo(leaf.dtype).bits < width for leaf in jax.tree.leaves(params)
+        leaves = jax.tree.leaves(params)
+        # `optax.tree.map_params` calls `init` on a stand-in without leaves to find the
+        # state that is shaped like the parameters; an average has to be found too.
+        return (
+            b1_is_zero
+            or not leaves
+            or any(jnp.finfo(leaf.dtype).bits < width for leaf in leaves)
         )
 
     def interpolation(count: Count) -> Scalar:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from fusionopt_jax._checks import path_keys
 from fusionopt_jax._types import Count, Params, Scalar
 
 
@@ -132,14 +133,19 @@ def _read(state: Any, params: Params, read: Any, name: str) -> Params:
             "among the components); without it the parameters themselves are deployed."
         )
     paths, treedef = jax.tree_util.tree_flatten_with_path(params)
-    leaves = {path: leaf for path, leaf in paths}
+    # By name: the state of an `nnx.Optimizer` holds variables, a pure dict has none.
+    names = [path_keys(path) for path, _ in paths]
+    leaves = {name: leaf for name, (_, leaf) in zip(names, paths, strict=True)}
     covered: set[Any] = set()
     for one in found:
-        z_paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(one.z)[0]]
-        unknown = [path for path in z_paths if path not in leaves]
-        twice = [path for path in z_paths if path in covered]
+        z_names = [
+            path_keys(path)
+            for path, _ in jax.tree_util.tree_flatten_with_path(one.z)[0]
+        ]
+        unknown = [path for path in z_names if path not in leaves]
+        twice = [path for path in z_names if path in covered]
         if unknown or twice:
-            path = jax.tree_util.keystr((unknown or twice)[0])
+            path = "/".join((unknown or twice)[0])
             problem = (
                 "which the given parameters lack: pass the parameters that the state "
                 "was initialised with"
@@ -147,13 +153,13 @@ def _read(state: Any, params: Params, read: Any, name: str) -> Params:
                 else "which another Schedule-Free state covers too: use one "
                 "`schedule_free` around the groups, or one in each group"
             )
-            raise ValueError(f"`{name}`: the state has a leaf {path}, {problem}.")
-        covered.update(z_paths)
-        own = [leaves[path] for path in z_paths]
+            raise ValueError(f"`{name}`: the state has a leaf {path!r}, {problem}.")
+        covered.update(z_names)
+        own = [leaves[name] for name in z_names]
         own_tree = jax.tree.unflatten(jax.tree.structure(one.z), own)
         values = jax.tree.leaves(read(one, own_tree))
-        leaves.update(zip(z_paths, values, strict=True))
-    return jax.tree.unflatten(treedef, [leaves[path] for path, _ in paths])
+        leaves.update(zip(z_names, values, strict=True))
+    return jax.tree.unflatten(treedef, [leaves[name] for name in names])
 
 
 def _is_schedule_free(node: Any) -> bool:

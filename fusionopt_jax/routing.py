@@ -20,7 +20,12 @@ from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import jax
 
-from fusionopt_jax._checks import check_choice, check_integer, shape_text
+from fusionopt_jax._checks import (
+    check_choice,
+    check_integer,
+    path_keys,
+    shape_text,
+)
 from fusionopt_jax._matrices import MatrixView
 from fusionopt_jax._types import Array, KeyPath, Params
 
@@ -238,10 +243,8 @@ class Routing:
         Returns:
             The same tree with a string in place of each leaf.
         """
-        routes = {route.path: route.label for route in self.routes(params)}
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: routes[path_name(path)], params
-        )
+        labels = [route.label for route in self.routes(params)]
+        return jax.tree.unflatten(jax.tree.structure(params), labels)
 
     def routes(self, params: Params) -> list[Route]:
         """What the routing says of each leaf, in the order of the tree's leaves."""
@@ -436,17 +439,7 @@ def matrix_views(
 
 def path_name(path: KeyPath) -> str:
     """A key path as slash-joined names, without the `.value` of NNX variables."""
-    names = []
-    for key in path:
-        for attribute in ("key", "name", "idx"):
-            if hasattr(key, attribute):
-                names.append(str(getattr(key, attribute)))
-                break
-        else:
-            names.append(str(key))
-    if names and names[-1] == "value":
-        names.pop()
-    return "/".join(names)
+    return "/".join(path_keys(path))
 
 
 def _trailing_view(shape: tuple[int, ...]) -> MatrixView | None:

@@ -1,5 +1,7 @@
 """What every test shares: strict JAX settings, eight CPU devices, fixed seeds."""
 
+from collections.abc import Iterator
+
 import jax
 import numpy as np
 import pytest
@@ -23,3 +25,14 @@ def rng() -> np.random.Generator:
 def key() -> jax.Array:
     """A JAX key that is the same in every test."""
     return jax.random.key(20240515)
+
+
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """Compile fast rather than for speed: right where every program runs a few times.
+
+    Ask for it with `pytestmark = pytest.mark.usefixtures("quick_compilation")`.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -1,0 +1,427 @@
+"""What every transformation promises, whatever it computes.
+
+One line in `_cases.ALL` puts a transformation through all of this.
+"""
+
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import fusionopt_jax as fo
+from tests import _cases, _compare
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+# One product of 24 terms and a few steps in float32, compiled differently.
+ROUNDING = 2e-5
+
+every_case = pytest.mark.parametrize("case", _cases.ALL, ids=str)
+optimizers = pytest.mark.parametrize(
+    "case", [case for case in _cases.ALL if case.kind == "optimizer"], ids=str
+)
+
+
+def avals(tree):
+    """Structure, shapes, dtypes and weak types; no numbers."""
+    described = jax.tree.map(
+        lambda leaf: (leaf.shape, str(leaf.dtype), bool(leaf.weak_type)), tree
+    )
+    return jax.tree.structure(tree), described
+
+
+def traced_step(case, tx, params):
+    """First and second state of a transformation, without computing anything."""
+    state = jax.eval_shape(tx.init, params)
+    updates, after = jax.eval_shape(
+        lambda *args: tx.update(*args, **_cases.arguments(case)), params, state, params
+    )
+    return state, updates, after
+
+
+def grouped(case, routing):
+    """A case in a `multi_transform` where it can't take vectors, else by itself."""
+    tx = case.build(routing)
+    if not case.matrices:
+        return tx
+    return optax.multi_transform(
+        {"spectral": tx, "scalar": optax.identity()}, routing.labels
+    )
+
+
+def one_step(case, tx, params, grads):
+    """Updates and state after one compiled step from the first state."""
+    return jax.jit(lambda p, g: tx.update(g, tx.init(p), p, **_cases.arguments(case)))(
+        params, grads
+    )
+
+
+@every_case
+def test_takes_extra_arguments(case):
+    tx = _cases.transformation(case)
+    assert isinstance(tx, optax.GradientTransformationExtraArgs)
+
+
+@every_case
+def test_points_downhill(case):
+    _, grads, _ = _cases.start(case)
+    updates, _ = _cases.first_update(case)
+    along = _cases.inner_product(updates, grads)
+    assert along > 0 if case.kind == "direction" else along < 0
+
+
+@every_case
+def test_ignores_arguments_that_it_does_not_know(case):
+    params, grads, state = _cases.start(case)
+    tx = _cases.transformation(case)
+
+    def program(**extra):
+        known = _cases.arguments(case)
+        return str(
+            jax.make_jaxpr(lambda g, s, p: tx.update(g, s, p, **known, **extra))(
+                grads, state, params
+            )
+        )
+
+    assert program(unknown=jnp.ones(3), text="any") == program()
+
+
+@every_case
+def test_missing_arguments_are_named(case):
+    params, grads, state = _cases.start(case)
+    tx = _cases.transformation(case)
+    if case.value:
+        with pytest.raises(ValueError, match="value=loss"):
+            tx.update(grads, state, params)
+    if case.params:
+        with pytest.raises(ValueError, match="params"):
+            tx.update(grads, state, **_cases.arguments(case))
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_state_keeps_its_types(case, dtype):
+    params = _cases.parameters(dtype, matrices=case.matrices)
+    state, updates, after = traced_step(case, _cases.transformation(case), params)
+    assert avals(after) == avals(state)
+    assert avals(updates)[0] == jax.tree.structure(params)
+    jax.tree.map(
+        lambda u, p: (u.shape, u.dtype) == (p.shape, p.dtype) or pytest.fail(str(u)),
+        updates,
+        params,
+    )
+
+
+@every_case
+def test_accumulates_in_float32(case):
+    params = _cases.parameters(jnp.bfloat16, matrices=case.matrices)
+    state, _, _ = traced_step(case, _cases.transformation(case), params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            assert leaf.dtype == jnp.float32, jax.tree_util.keystr(path)
+
+
+@every_case
+def test_half_precision_stays_close_to_float32(case):
+    # The parameters and gradients of `start` are bf16 numbers in float32.
+    params, grads, _ = _cases.start(case)
+    narrow = optax.tree.cast((params, grads), jnp.bfloat16)
+    updates, _ = one_step(case, _cases.transformation(case), *narrow)
+    for update, exact in zip(
+        jax.tree.leaves(updates),
+        jax.tree.leaves(_cases.first_update(case)[0]),
+        strict=True,
+    ):
+        size = float(jnp.max(jnp.abs(exact)))
+        # Two roundings to eight bits, of a sum that may be larger than its terms.
+        _compare.assert_within(update, exact, 0.02 * size, case.name)
+
+
+@every_case
+def test_state_is_a_tree_of_arrays(case):
+    _, _, state = _cases.start(case)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
+    # A plain map over the leaves is what checkpoints and shardings do.
+    _compare.assert_trees_identical(jax.tree.map(lambda leaf: leaf, state), state)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_param_shaped_state_is_found(case, dtype):
+    params = _cases.parameters(dtype, matrices=case.matrices)
+    tx = _cases.transformation(case)
+    state = tx.init(params)
+    marked = optax.tree.map_params(
+        tx, lambda leaf: "of a parameter", state, transform_non_params=lambda _: "other"
+    )
+    assert jax.tree.structure(marked) == jax.tree.structure(state)
+    shapes = {leaf.shape for leaf in jax.tree.leaves(params)}
+    for (path, mark), leaf in zip(
+        jax.tree_util.tree_leaves_with_path(marked), jax.tree.leaves(state), strict=True
+    ):
+        if leaf.shape in shapes:
+            assert mark == "of a parameter", jax.tree_util.keystr(path)
+
+
+@every_case
+def test_compiles_once(case):
+    params, grads, state = _cases.start(case)
+    for _ in range(3):
+        _, state = _cases.update(case)(grads, state, params, **_cases.arguments(case))
+    assert _cases.update(case)._cache_size() == 1
+
+
+@every_case
+def test_a_scan_over_donated_buffers_is_a_loop(case):
+    params, grads, state = _cases.start(case)
+    tx = _cases.transformation(case)
+    steps = jax.tree.map(lambda g: jnp.stack([g, 0.5 * g, -g]), grads)
+
+    def step(carry, gradient):
+        params, state = carry
+        updates, state = tx.update(gradient, state, params, **_cases.arguments(case))
+        return (optax.apply_updates(params, updates), state), updates
+
+    donated = jax.tree.map(jnp.copy, params)
+    donated = donated, tx.init(donated)
+    # A buffer that is in both trees, or that fits no output, raises or warns here.
+    (_, end), scanned = jax.jit(
+        lambda params, state, steps: jax.lax.scan(step, (params, state), steps),
+        donate_argnums=(0, 1),
+    )(*donated, steps)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(donated))
+    for t in range(3):
+        gradient = jax.tree.map(lambda leaf, t=t: leaf[t], steps)
+        updates, state = _cases.update(case)(
+            gradient, state, params, **_cases.arguments(case)
+        )
+        params = optax.apply_updates(params, updates)
+        _compare.assert_trees_within(
+            jax.tree.map(lambda leaf, t=t: leaf[t], scanned), updates, 3 * ROUNDING
+        )
+    assert avals(jax.eval_shape(lambda: end)) == avals(jax.eval_shape(lambda: state))
+
+
+@every_case
+def test_can_be_skipped_by_a_cond(case):
+    params, grads, state = _cases.start(case)
+    tx = _cases.transformation(case)
+
+    def step(flag):
+        return jax.lax.cond(
+            flag,
+            lambda: tx.update(grads, state, params, **_cases.arguments(case)),
+            lambda: (jax.tree.map(jnp.zeros_like, grads), state),
+        )
+
+    # Branches of other structures or types are an error at tracing.
+    _, after = jax.eval_shape(step, jnp.asarray(True))
+    assert avals(after) == avals(jax.eval_shape(lambda: state))
+
+
+@every_case
+def test_sees_through_masked_holes_in_a_chain_behind_a_guard(case):
+    params = _cases.parameters()
+    grads = _cases.gradients(params)
+    case_of = case.build(_cases.ROUTING)
+    tx = optax.multi_transform(
+        {
+            "spectral": optax.chain(case_of, optax.scale(2.0)),
+            "scalar": optax.identity(),
+        },
+        _cases.ROUTING.labels,
+    )
+    tx = optax.apply_if_finite(tx, max_consecutive_errors=3)
+
+    @jax.jit
+    def step(grads, state):
+        return tx.update(grads, state, params, **_cases.arguments(case))
+
+    state = tx.init(params)
+    broken, state = step(jax.tree.map(lambda g: g * jnp.nan, grads), state)
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(broken))
+    updates, _ = step(grads, state)
+    matrices = lambda tree: {  # noqa: E731
+        name: {"kernel": layer["kernel"]} for name, layer in tree.items()
+    }
+    alone, _ = one_step(
+        case, _cases.transformation(case), matrices(params), matrices(grads)
+    )
+    _compare.assert_trees_within(
+        matrices(updates), jax.tree.map(lambda u: 2 * u, alone), 2 * ROUNDING
+    )
+    for name, layer in updates.items():
+        np.testing.assert_array_equal(layer["bias"], grads[name]["bias"])
+
+
+@every_case
+def test_works_in_multi_steps(case):
+    params, grads, _ = _cases.start(case)
+    tx = optax.MultiSteps(_cases.transformation(case), every_k_schedule=2)
+
+    @jax.jit
+    def step(grads, state):
+        return tx.update(grads, state, params, **_cases.arguments(case))
+
+    first, state = step(grads, tx.init(params))
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(first))
+    second, _ = step(grads, state)
+    _compare.assert_trees_within(second, _cases.first_update(case)[0], ROUNDING)
+
+
+@every_case
+def test_an_empty_tree_is_no_error(case):
+    tx = _cases.transformation(case)
+    for empty in ({}, {"a": {}}, ()):
+        updates, state = tx.update(
+            empty, tx.init(empty), empty, **_cases.arguments(case)
+        )
+        assert jax.tree.structure(updates) == jax.tree.structure(empty)
+        assert _cases.is_finite(state)
+
+
+@every_case
+def test_zero_gradients_stay_finite(case):
+    params, grads, state = _cases.start(case)
+    zeros = jax.tree.map(jnp.zeros_like, grads)
+    for _ in range(2):
+        updates, state = _cases.update(case)(
+            zeros, state, params, **_cases.arguments(case, 0.0)
+        )
+        assert _cases.is_finite((updates, state))
+        if case.kind == "direction":
+            assert all(
+                not np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(updates)
+            )
+
+
+HOT_DTYPES = ["auto", "fp32", "bf16", "fp16", "fp16_safe"]
+
+
+@pytest.mark.parametrize("hot_dtype", HOT_DTYPES)
+def test_every_size_of_gradient_stays_finite(hot_dtype):
+    shapes = {"square": (16, 16), "row": (1, 16), "column": (16, 1), "stack": (2, 4, 8)}
+    params = {name: jnp.ones(shape) for name, shape in shapes.items()}
+    routing = fo.Routing(min_dim=1, stacked=["stack"])
+    transformations = {
+        "ns5": fo.ns5(hot_dtype=hot_dtype),
+        "polar express": fo.ns5(
+            hot_dtype=hot_dtype, coefficients="polar_express", scale="rms"
+        ),
+        "aol": fo.ns5(hot_dtype=hot_dtype, preconditioner="aol", scale="aspect"),
+        "gram": fo.ns5(hot_dtype=hot_dtype, method="gram"),
+        "recipe": fo.fusion_opt(
+            1e-2,
+            routing=routing,
+            components={"ns5", "normuon", "mona", "sf"},
+            hot_dtype=hot_dtype,
+        ),
+    }
+
+    @jax.jit
+    def step(grads):
+        results = {}
+        for name, tx in transformations.items():
+            state = tx.init(params)
+            results[name] = tx.update(grads, state, params, value=1.0)
+        return results
+
+    unit = _cases.gradients(params)
+    for factor in (0.0, 1e-8, 1.0, 1e6):
+        results = step(jax.tree.map(lambda g, f=factor: f * g, unit))
+        for name, result in results.items():
+            assert _cases.is_finite(result), f"{name} at {factor}"
+
+
+class LinenModel(nn.Module):
+    """Two dense layers."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(16)(nn.Dense(24)(x))
+
+
+class NNXModel(nnx.Module):
+    """A dense layer in an attribute and one in a list."""
+
+    def __init__(self, rngs):
+        self.first = nnx.Linear(16, 24, rngs=rngs)
+        self.rest = nnx.List([nnx.Linear(24, 16, rngs=rngs)])
+
+    def __call__(self, x):
+        return self.rest[0](self.first(x))
+
+
+def foreign_trees():
+    """Parameters as the libraries hand them out, and the layout of their matrices."""
+    linen = LinenModel().init(jax.random.key(0), jnp.ones((1, 16)))
+    model = eqx.nn.MLP(16, 16, 24, 1, key=jax.random.key(0))
+    return {
+        "linen": (linen, "in_out"),
+        "nnx": (nnx.state(NNXModel(nnx.Rngs(0)), nnx.Param), "in_out"),
+        "nnx pure": (
+            nnx.to_pure_dict(nnx.state(NNXModel(nnx.Rngs(0)), nnx.Param)),
+            "in_out",
+        ),
+        "equinox": (eqx.filter(model, eqx.is_inexact_array), "out_in"),
+    }
+
+
+@every_case
+@pytest.mark.parametrize("library", ["linen", "nnx", "nnx pure", "equinox"])
+def test_serves_the_trees_of_other_libraries(case, library):
+    params, layout = foreign_trees()[library]
+    routing = fo.Routing(min_dim=8, layout=layout)
+    # Two weights and two biases, whatever holds them.
+    labels = jax.tree.leaves(routing.labels(params))
+    assert sorted(labels) == ["scalar", "scalar", "spectral", "spectral"]
+    state, updates, after = traced_step(case, grouped(case, routing), params)
+    assert avals(after) == avals(state)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+
+
+def test_serves_nnx_optimizer_and_its_averages():
+    model = NNXModel(nnx.Rngs(0))
+    # No decay, and the whole weight of the average on the fast iterate of one step.
+    tx = fo.fusion_opt(1e-2, routing=fo.Routing(min_dim=8), weight_decay=0.0)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    before = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+    def loss_fn(model):
+        return jnp.mean(model(jnp.ones((2, 16))) ** 2)
+
+    @nnx.jit
+    def step(model, optimizer):
+        loss, grads = nnx.value_and_grad(loss_fn)(model)
+        optimizer.update(model, grads, value=loss)
+        return loss
+
+    first = step(model, optimizer)
+    params = nnx.state(model, nnx.Param)
+    # After one step the three sequences are one point.
+    average = fo.eval_params(optimizer.opt_state, params)
+    _compare.assert_trees_within(
+        nnx.to_pure_dict(average), nnx.to_pure_dict(params), ROUNDING
+    )
+    second = step(model, optimizer)
+    assert second < first
+    params = nnx.state(model, nnx.Param)
+    assert not np.array_equal(params["first"]["kernel"][...], before["first"]["kernel"])
+    pure = fo.eval_params(nnx.as_pure(optimizer.opt_state), nnx.as_pure(params))
+    for state, tree in (
+        (optimizer.opt_state, params),
+        (optimizer, params),
+        (optimizer.opt_state, nnx.to_pure_dict(params)),
+    ):
+        average = fo.eval_params(state, tree)
+        assert jax.tree.structure(average) == jax.tree.structure(tree)
+        _compare.assert_trees_within(
+            jax.tree.leaves(average), jax.tree.leaves(pure), ROUNDING
+        )
+    # What a user types to deploy.
+    nnx.update(model, fo.eval_params(optimizer.opt_state, params))
+    assert loss_fn(model) < first

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from fusionopt_jax._types import Params
 from fusionopt_jax.dit.config import TIME_FEATURES, DiTConfig
-from fusionopt_jax.dit.layers import linear
+from fusionopt_jax.dit.layers import CONDITIONING_PRECISION, linear
 
 MAX_PERIOD = 10000.0
 """Longest period of the sinusoidal features; the published constant."""
@@ -116,7 +116,8 @@ def embed_times(
 ) -> Float[Array, "n d"]:
     """The conditioning vector of each time, in fp32."""
     features = time_features(times.astype(jnp.float32) * config.time_scale)
-    return linear(params["fc2"], jax.nn.silu(linear(params["fc1"], features)))
+    hidden = linear(params["fc1"], features, precision=CONDITIONING_PRECISION)
+    return linear(params["fc2"], jax.nn.silu(hidden), precision=CONDITIONING_PRECISION)
 
 
 def embed_labels(params: Params, labels: Int[Array, "n"]) -> Float[Array, "n d"]:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from fusionopt_jax._types import Params
 from fusionopt_jax.dit.config import DiTConfig
 from fusionopt_jax.dit.embeddings import embed_labels, embed_times
-from fusionopt_jax.dit.layers import linear
+from fusionopt_jax.dit.layers import CONDITIONING_PRECISION, linear
 
 BLOCK_PARTS = 6
 """Shift, scale, gate of the attention branch, then of the MLP branch."""
@@ -67,12 +67,14 @@ def conditioning(
 
 def block_parts(params: Params, cond: Float[Array, "n d"]) -> Float[Array, "n 6 d"]:
     """The six vectors of one block for each conditioning vector, in fp32."""
-    return linear(params, cond).reshape(cond.shape[0], BLOCK_PARTS, cond.shape[1])
+    flat = linear(params, cond, precision=CONDITIONING_PRECISION)
+    return flat.reshape(cond.shape[0], BLOCK_PARTS, cond.shape[1])
 
 
 def final_parts(params: Params, cond: Float[Array, "n d"]) -> Float[Array, "n 2 d"]:
     """The two vectors of the final layer for each conditioning vector, in fp32."""
-    return linear(params, cond).reshape(cond.shape[0], FINAL_PARTS, cond.shape[1])
+    flat = linear(params, cond, precision=CONDITIONING_PRECISION)
+    return flat.reshape(cond.shape[0], FINAL_PARTS, cond.shape[1])
 
 
 def take_rows(

@@ -11,7 +11,8 @@ CONDITIONING_PRECISION = jax.lax.Precision.HIGHEST
 """Products of the conditioning path are full fp32 on every backend.
 
 A cache multiplies other shapes than a single step does. With the shortened products
-that GPUs and TPUs use for fp32 by default (10 bits on a GPU), the two could differ by 1e-3.
+that GPUs and TPUs use for fp32 by default (10 bits on a GPU), the two could differ by
+1e-3.
 """
 
 LAYER_NORM_EPS = 1e-6

@@ -14,7 +14,7 @@ with rows and columns exchanged for the other side. A side that is `None` is the
 identity.
 """
 
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,6 @@ from jaxtyping import Array, Float
 Orthonormalisation: TypeAlias = Literal["auto", "qr", "cholesky_qr"]
 Stack: TypeAlias = Float[Array, "b m n"]
 SquareStack: TypeAlias = Float[Array, "b d d"]
-Values: TypeAlias = Float[Array, "b d"]
 Number: TypeAlias = float | Float[Array, ""]
 
 ORTHONORMALISATIONS: tuple[Orthonormalisation, ...] = ("auto", "qr", "cholesky_qr")
@@ -38,10 +37,15 @@ _ORTHOGONALITY_LIMIT = 1e-4
 
 
 class Side(NamedTuple):
-    """The eigenbasis of one side of a stack of matrices."""
+    """The eigenbasis of one side of a stack of matrices.
+
+    Attributes:
+        basis: Orthonormal vectors as columns, fp32 `(b, d, d)`.
+        values: An eigenvalue for each of them, fp32 `(b, d)`.
+    """
 
     basis: SquareStack
-    values: Values
+    values: Any
 
 
 def product(A: Array, B: Array, precision: jax.lax.Precision) -> Array:
@@ -135,6 +139,15 @@ def symmetric_power(S: SquareStack, exponent: Number, ridge: Array) -> SquareSta
     values, vectors = jnp.linalg.eigh(S)
     scale = power(jnp.maximum(values, 0) + ridge, exponent)
     return product(vectors * scale[:, None, :], vectors.mT, jax.lax.Precision.HIGHEST)
+
+
+def ordered(side: Side) -> Side:
+    """The same basis with the largest eigenvalue first."""
+    order = jnp.argsort(side.values, axis=1, descending=True)
+    return Side(
+        jnp.take_along_axis(side.basis, order[:, None, :], axis=2),
+        jnp.take_along_axis(side.values, order, axis=1),
+    )
 
 
 def eigenvectors(S: SquareStack) -> SquareStack:

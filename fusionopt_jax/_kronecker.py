@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from fusionopt_jax import _eigenbasis
 from fusionopt_jax._eigenbasis import Orthonormalisation, Side, Stack
@@ -34,7 +34,6 @@ _BOTH_SIDES_BELOW = 1.5
 # The published code bounds 1/sqrt(eigenvalue) by max(10, min(side, 4000)).
 _LOWEST_LIMIT = 10.0
 
-First: TypeAlias = Bool[Array, ""]
 Count: TypeAlias = Int[Array, ""]
 
 
@@ -59,11 +58,15 @@ class SideState(NamedTuple):
 
 Pair: TypeAlias = tuple[SideState | None, SideState | None]
 
+# From unpacked factors and what was known to what is known.
+Renewal: TypeAlias = Callable[[Array, Side], Side]
+
 
 class Settings(NamedTuple):
     """The settings of `kl_shampoo` that the arithmetic needs; see there."""
 
     b2: Any
+    bias_correction: bool
     statistics: Statistics
     exponent: Any
     sides: Sides
@@ -87,6 +90,14 @@ class Settings(NamedTuple):
     def number(self, name: str) -> Array:
         """A setting as fp32, whatever dtype a schedule gave it."""
         return jnp.asarray(getattr(self, name), jnp.float32)
+
+    def decay(self, count: Count) -> Array:
+        """The decay rate of this step: at first that of a mean of all gradients."""
+        b2 = self.number("b2")
+        if not self.bias_correction:
+            return b2
+        earlier = count.astype(jnp.float32)
+        return jnp.minimum(b2, earlier / (earlier + 1))
 
     def power(self, pair: Pair) -> Any:
         """The exponent of each side."""
@@ -117,13 +128,13 @@ def first_pair(shape: tuple[int, int, int], settings: Settings) -> Pair:
 
 
 def kl_step(
-    G: Stack, M: Stack, pair: Pair, first: First, settings: Settings
+    G: Stack, M: Stack, pair: Pair, count: Count, settings: Settings
 ) -> tuple[Stack, Pair]:
     """M preconditioned by what is known, and what is known after G."""
 
     def one(G: Stack, M: Stack, pair: Pair) -> tuple[Stack, Pair]:
         pair = _started(G, pair, settings)
-        return _preconditioned(M, pair, settings), _learnt(G, pair, first, settings)
+        return _preconditioned(M, pair, settings), _learnt(G, pair, count, settings)
 
     return _over_stack(one, settings, G, M, pair)
 
@@ -137,7 +148,7 @@ def gram_step(
     settings: Settings,
 ) -> tuple[Stack, Pair]:
     """Plain Shampoo: learn from G, renew what is due, apply the powers to M."""
-    b2 = settings.number("b2")
+    b2 = settings.decay(count)
 
     def learn(G: Stack, pair: Pair) -> Pair:
         def side(state: SideState | None, X: Stack) -> SideState | None:
@@ -158,12 +169,11 @@ def gram_step(
     pair = _over_stack(learn, settings, G, pair)
     exponent = settings.power(pair)
 
-    def powers(S: Array, Q: Array) -> Array:
-        del Q
+    def powers(S: Array, side: Side) -> Side:
         ridge = settings.number("damping")
         if settings.relative:
             ridge = ridge * jnp.trace(S, axis1=1, axis2=2)[:, None] / S.shape[-1]
-        return _eigenbasis.symmetric_power(S, exponent, ridge)
+        return side._replace(basis=_eigenbasis.symmetric_power(S, exponent, ridge))
 
     # No power may be used before it has been computed once.
     pair = _renewed(pair, powers, powers, count, offset, settings)
@@ -174,12 +184,18 @@ def renewed_bases(pair: Pair, count: Count, offset: int, settings: Settings) -> 
     """The bases after this step's share of power steps."""
     method = _eigenbasis.resolve_orthonormalisation(settings.orthonormalisation)
 
-    def step(S: Array, Q: Array) -> Array:
-        return _eigenbasis.power_step(S, Q, method, settings.precision)
+    def step(S: Array, side: Side) -> Side:
+        if settings.first_basis == "identity":
+            # Axes come in an arbitrary order, and an orthonormalisation favours the
+            # first: the largest first makes the result independent of that order.
+            side = _eigenbasis.ordered(side)
+        basis = _eigenbasis.power_step(S, side.basis, method, settings.precision)
+        return Side(basis, side.values)
 
-    at_first = None
-    if settings.first_basis == "eigh":
-        at_first = lambda S, Q: _eigenbasis.eigenvectors(S)  # noqa: ARG005, E731
+    def eigenvectors(S: Array, side: Side) -> Side:
+        return side._replace(basis=_eigenbasis.eigenvectors(S))
+
+    at_first = eigenvectors if settings.first_basis == "eigh" else None
     return _renewed(pair, step, at_first, count, offset, settings)
 
 
@@ -192,61 +208,64 @@ def group_count(pair: Pair, settings: Settings) -> int:
 
 def _renewed(
     pair: Pair,
-    renew: Callable[[Array, Array], Array],
-    at_first: Callable[[Array, Array], Array] | None,
+    renew: Renewal,
+    at_first: Renewal | None,
     count: Count,
     offset: int,
     settings: Settings,
 ) -> Pair:
-    """Both sides with the bases that are due replaced by `renew(factor, basis)`."""
+    """Both sides with what is due replaced; all of it at first, if that is given."""
     renewed: list[SideState | None] = []
     for side in pair:
         if side is None:
             renewed.append(None)
             continue
-        basis = _renewed_basis(side, renew, at_first, count, offset, settings)
-        renewed.append(side._replace(basis=basis))
+        eigen = _renewed_side(side, renew, at_first, count, offset, settings)
+        renewed.append(SideState(side.factor, *eigen))
         offset += _groups(side.basis.shape[0], settings)[1]
     return renewed[0], renewed[1]
 
 
-def _renewed_basis(
+def _renewed_side(
     side: SideState,
-    renew: Callable[[Array, Array], Array],
-    at_first: Callable[[Array, Array], Array] | None,
+    renew: Renewal,
+    at_first: Renewal | None,
     count: Count,
     offset: int,
     settings: Settings,
-) -> Array:
-    """The bases of one side, those of the groups that are due replaced."""
+) -> Side:
+    """Bases and eigenvalues of one side, those of the groups that are due replaced."""
     size, groups = _groups(side.basis.shape[0], settings)
     every = jnp.asarray(settings.update_every, count.dtype)
     d = side.basis.shape[-1]
 
-    def one_group(index: Array, basis: Array) -> Array:
+    def one_group(index: Array, eigen: Side) -> Side:
         start = index * size
-        factor = jax.lax.dynamic_slice_in_dim(side.factor, start, size)
-        old = jax.lax.dynamic_slice_in_dim(basis, start, size)
-        new = renew(_eigenbasis.unpack_symmetric(factor, d), old)
-        return jax.lax.dynamic_update_slice_in_dim(basis, new, start, 0)
+        cut = lambda stack: jax.lax.dynamic_slice_in_dim(stack, start, size)  # noqa: E731
+        new = renew(
+            _eigenbasis.unpack_symmetric(cut(side.factor), d), jax.tree.map(cut, eigen)
+        )
+        return jax.tree.map(
+            lambda stack, part: jax.lax.dynamic_update_slice_in_dim(
+                stack, part, start, 0
+            ),
+            eigen,
+            new,
+        )
 
-    def due_groups() -> Array:
+    def due_groups() -> Side:
         phase = (count + offset) % every if settings.stagger else count % every
         # Groups `phase`, `phase + every`, ... below `groups`.
         number = jnp.maximum(groups - phase + every - 1, 0) // every
         return jax.lax.fori_loop(
-            0,
-            number,
-            lambda i, basis: one_group(phase + i * every, basis),
-            side.basis,
+            0, number, lambda i, eigen: one_group(phase + i * every, eigen), side.eigen
         )
 
     if at_first is None:
         return due_groups()
-    factor = side.factor
     return jax.lax.cond(
         count == 0,
-        lambda: at_first(_eigenbasis.unpack_symmetric(factor, d), side.basis),
+        lambda: at_first(_eigenbasis.unpack_symmetric(side.factor, d), side.eigen),
         due_groups,
     )
 
@@ -300,9 +319,9 @@ def _preconditioned(M: Stack, pair: Pair, settings: Settings) -> Stack:
     )
 
 
-def _learnt(G: Stack, pair: Pair, first: First, settings: Settings) -> Pair:
+def _learnt(G: Stack, pair: Pair, count: Count, settings: Settings) -> Pair:
     """The pair after one gradient, its bases left as they are."""
-    b2 = settings.number("b2")
+    b2, first = settings.decay(count), count == 0
     damping = settings.number("damping") * _unit(pair, settings)[:, None]
     a, c = _eigen(pair)
     fresh_a, fresh_c = _eigenbasis.whitened_squares(G, a, c, settings.precision)

@@ -96,6 +96,7 @@ def kl_shampoo(
     *,
     routing: Routing | None = None,
     b2: float = 0.98,
+    bias_correction: bool | None = None,
     statistics: Statistics = "kl",
     exponent: float | None = None,
     sides: Sides = "auto",
@@ -143,6 +144,10 @@ def kl_shampoo(
         routing: Where the matrices of a leaf come from; without one, `(in, out)` over
             the last two axes.
         b2: Decay rate of factors and eigenvalues, :math:`b_2`, in [0, 1).
+        bias_correction: Average all gradients alike until there are
+            :math:`1/(1-b_2)` of them, so that the start neither shrinks nor delays
+            anything. `None` does so where `scaling` is relative; the published codes
+            don't.
         statistics: `"kl"` (coupled factors) or `"gram"` (plain Shampoo).
         exponent: :math:`p`, of each side. `None` takes -1/2 for `"kl"`; for `"gram"`
             -1/4 with two sides and -1/2 with one, as Shampoo does.
@@ -230,10 +235,13 @@ def kl_shampoo(
     if init_factor is None:
         init_factor = 0.1 if scaling == "absolute" else 1.0
     check_positive("init_factor", init_factor)
+    if bias_correction is None:
+        bias_correction = scaling == "relative"
     if max_inverse_root is not None:
         check_positive("max_inverse_root", max_inverse_root)
     settings = Settings(
         b2=b2,
+        bias_correction=bias_correction,
         statistics=statistics,
         exponent=exponent,
         sides=sides,
@@ -277,7 +285,7 @@ def kl_shampoo(
             gradient = view.to_stack(leaves[index]).astype(jnp.float32)
             direction = view.to_stack(directions[index]).astype(jnp.float32)
             if statistics == "kl":
-                result, pair = kl_step(gradient, direction, pair, first, settings)
+                result, pair = kl_step(gradient, direction, pair, state.count, settings)
                 pair = renewed_bases(pair, state.count, groups, settings)
             else:
                 result, pair = gram_step(

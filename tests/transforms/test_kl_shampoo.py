@@ -1,0 +1,438 @@
+"""`kl_shampoo` against float64 references and its invariants."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fusionopt_jax as fo
+from tests import _compare
+from tests.references import kl_shampoo as reference
+from tests.references import shampoo
+
+STEPS = 7
+SHAPES = {"square": (6, 6), "tall": (7, 5), "wide": (5, 7), "stack": (3, 6, 6)}
+
+# Coupled factors amplify the rounding of float32 (6e-8) by the conditions of both; the
+# directions compared here have entries near 1. Measured up to 4e-6.
+TOLERANCE = 3e-5
+
+
+def gradients(rng, shapes, steps=STEPS, scale=1.0):
+    """Gradients with a spectrum and a mean, as a stack of all steps for each leaf."""
+    history = {}
+    for name, shape in shapes.items():
+        rows = np.linspace(0.3, 2.0, shape[-2])[:, None]
+        mean = rng.normal(size=shape)
+        noise = rng.normal(size=(steps, *shape))
+        history[name] = (scale * rows * (mean + noise)).astype(np.float32)
+    return history
+
+
+def run(tx, history, change=None):
+    """Updates of every step, and the last state; compiled once."""
+    leaves = {name: jnp.asarray(stack) for name, stack in history.items()}
+
+    @jax.jit
+    def whole(leaves):
+        def step(state, gradient):
+            updates, state = tx.update(gradient, state)
+            return state, updates
+
+        start = tx.init(jax.tree.map(lambda stack: stack[0], leaves))
+        return jax.lax.scan(step, start, leaves)
+
+    state, updates = whole(leaves)
+    return jax.tree.map(lambda u: np.asarray(u, np.float64), updates), state
+
+
+def mean_of_all(count, b2):
+    """The decay rate of a step with bias correction."""
+    return min(b2, count / (count + 1))
+
+
+def two_sided(grads, *, b2, momentum, every, limit=None):
+    """The coupled recursion on one history of matrices, from axes as bases."""
+    grads = np.asarray(grads, np.float64)
+    shape = grads[0].shape
+    factors = reference.Factors(
+        grads[0], decay=0.0, init_factor=1.0, bases=[np.eye(d) for d in shape]
+    )
+    factors.factors = [np.zeros((d, d)) for d in shape]
+    root_mean_square = np.sqrt(np.mean(grads[0] ** 2))
+    factors.values = [np.full(d, root_mean_square) for d in shape]
+    trace, directions = 0.0, []
+    for count, gradient in enumerate(grads):
+        trace = momentum * trace + gradient
+        directions.append(factors.precondition(trace, 0.0))
+        factors.decay = mean_of_all(count, b2)
+        factors.learn(gradient)
+        if limit is not None:
+            factors.values = [
+                np.maximum(v, np.mean(v) / max(10.0, min(len(v), limit)) ** 2)
+                for v in factors.values
+            ]
+        if count % every == 0:
+            for i in factors.axes:
+                order = np.argsort(-factors.values[i])
+                factors.values[i] = factors.values[i][order]
+                factors.bases[i] = factors.bases[i][:, order]
+            factors.refresh()
+    return np.stack(directions)
+
+
+def one_sided(grads, *, b2, momentum, every):
+    """The same with a factor of the rows alone, written out."""
+    grads = np.asarray(grads, np.float64)
+    m, n = grads[0].shape
+    S, Q = np.zeros((m, m)), np.eye(m)
+    values = np.full(m, np.mean(grads[0] ** 2))
+    trace, directions = 0.0, []
+    for count, G in enumerate(grads):
+        trace = momentum * trace + G
+        directions.append((Q * values**-0.5) @ Q.T @ trace)
+        b = mean_of_all(count, b2)
+        S = b * S + (1 - b) * G @ G.T / n
+        values = b * values + (1 - b) * np.mean((Q.T @ G) ** 2, axis=1)
+        if count % every == 0:
+            order = np.argsort(-values)
+            values, Q = values[order], np.linalg.qr(S @ Q[:, order])[0]
+    return np.stack(directions)
+
+
+def test_two_sides_follow_the_coupled_recursion(rng):
+    history = gradients(rng, SHAPES)
+    tx = fo.kl_shampoo(
+        optax.trace(0.9),
+        b2=0.7,
+        sides="both",
+        update_every=2,
+        stagger=False,
+        eps=0.0,
+        max_inverse_root=None,
+    )
+    updates, _ = run(tx, history)
+    follow = functools.partial(two_sided, b2=0.7, momentum=0.9, every=2)
+    for name in ("square", "tall", "wide"):
+        expected = follow(history[name])
+        _compare.assert_within(updates[name], expected, TOLERANCE, name)
+    for i in range(3):
+        expected = follow(history["stack"][:, i])
+        _compare.assert_within(updates["stack"][:, i], expected, TOLERANCE, f"{i}")
+
+
+def test_small_side_follows_the_recursion(rng):
+    history = gradients(rng, SHAPES)
+    tx = fo.kl_shampoo(
+        optax.trace(0.9), b2=0.7, sides="small", update_every=2, stagger=False, eps=0.0
+    )
+    updates, state = run(tx, history)
+    follow = functools.partial(one_sided, b2=0.7, momentum=0.9, every=2)
+    _compare.assert_within(updates["wide"], follow(history["wide"]), TOLERANCE)
+    _compare.assert_within(updates["square"], follow(history["square"]), TOLERANCE)
+    tall = np.swapaxes(follow(np.swapaxes(history["tall"], 1, 2)), 1, 2)
+    _compare.assert_within(updates["tall"], tall, TOLERANCE)
+    assert isinstance(state.output_bases["wide"], optax.MaskedNode)
+    assert isinstance(state.input_bases["tall"], optax.MaskedNode)
+
+
+@pytest.mark.parametrize("exponent", [-0.25, -0.5])
+def test_gram_statistics_are_shampoo(rng, exponent):
+    history = gradients(rng, {"square": (6, 6), "tall": (7, 5)})
+    tx = fo.kl_shampoo(
+        statistics="gram",
+        b2=0.9,
+        exponent=exponent,
+        damping=1e-2,
+        scaling="absolute",
+        sides="both",
+        update_every=3,
+        stagger=False,
+    )
+    updates, _ = run(tx, history)
+    for name, grads in history.items():
+        follow = shampoo.Shampoo(
+            grads[0].shape, decay=0.9, exponent=exponent, ridge=1e-2, period=3
+        )
+        for step, gradient in enumerate(np.asarray(grads, np.float64)):
+            follow.learn(gradient)
+            # Null directions have 0.01 beside eigenvalues near 20, of which float32
+            # keeps 1e-6: a relative 1e-4 in the smallest.
+            _compare.assert_within(
+                updates[name][step], follow.precondition(gradient), 2e-3, name
+            )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"sides": "both"},
+        {"sides": "small"},
+        {"statistics": "gram", "update_every": 2},
+        {"eps": 1e-2, "damping": 1e-2, "max_inverse_root": 10.0},
+    ],
+)
+def test_direction_ignores_the_scale_of_the_gradients(rng, settings):
+    history = gradients(rng, {"square": (6, 6), "wide": (5, 11)})
+    tx = fo.kl_shampoo(**settings)
+    updates, _ = run(tx, history)
+    scaled, _ = run(tx, {name: 1e-6 * grads for name, grads in history.items()})
+    for name in history:
+        # Whitened statistics leave no scale; plain Shampoo leaves a factor, which is
+        # not the direction.
+        unit = lambda u: u / np.linalg.norm(u, axis=(1, 2), keepdims=True)  # noqa: E731
+        difference = unit(scaled[name]) - unit(updates[name])
+        # 1e-6 is no power of two, so every gradient is rounded anew.
+        assert np.abs(difference).max() < 2e-5
+        if settings.get("statistics") != "gram":
+            ratio = np.linalg.norm(scaled[name]) / np.linalg.norm(updates[name])
+            assert ratio == pytest.approx(1.0, abs=2e-5)
+
+
+def test_whitens_gradients_of_a_kronecker_covariance(rng):
+    rows, columns = (rng.normal(size=(5, 5)) + 2 * np.eye(5) for _ in range(2))
+    left, right = (shampoo.power(A @ A.T, -0.5) for A in (rows, columns))
+    noise = rng.normal(size=(600, 5, 5))
+    tx = fo.kl_shampoo(b2=0.99, sides="both", update_every=2)
+    updates, _ = run(tx, {"w": (rows @ noise @ columns.T).astype(np.float32)})
+    expected = left @ rows @ noise @ columns.T @ right
+    for step in range(580, 600):
+        cosine = np.sum(updates["w"][step] * expected[step]) / (
+            np.linalg.norm(updates["w"][step]) * np.linalg.norm(expected[step])
+        )
+        # Factors averaged over 100 gradients of five columns: errors of a few percent.
+        assert cosine > 0.99
+    assert np.sqrt(np.mean(updates["w"][300:] ** 2)) == pytest.approx(1.0, abs=0.1)
+
+
+def test_size_is_steady_from_the_first_step(rng):
+    noise = rng.normal(size=(40, 16, 16)).astype(np.float32)
+    updates, _ = run(fo.kl_shampoo(), {"w": 1e-3 * noise})
+    size = np.sqrt(np.mean(updates["w"] ** 2, axis=(1, 2)))
+    # Whitened gradients of entries of size 1; 256 of them, and early statistics that
+    # know the gradient too little or too well.
+    assert size[0] == pytest.approx(1.0, abs=1e-5)
+    assert size.min() > 0.7
+    assert size.max() < 1.4
+
+
+def test_chunks_are_matrices_of_their_own(rng):
+    history = gradients(rng, {"qkv": (6, 18)})
+    routing = fo.Routing([fo.Rule("qkv", "spectral", chunks=3)])
+    fused, _ = run(fo.kl_shampoo(routing=routing, stagger=False), history)
+    parts = np.split(history["qkv"], 3, axis=2)
+    split, _ = run(
+        fo.kl_shampoo(stagger=False), {str(i): part for i, part in enumerate(parts)}
+    )
+    joined = np.concatenate([split[str(i)] for i in range(3)], axis=2)
+    # The same operations on the same numbers, in another program.
+    _compare.assert_within(fused["qkv"], joined, 1e-5)
+
+
+def test_order_of_neurons_does_not_matter(rng):
+    history = gradients(rng, {"w": (6, 5)})
+    rows, columns = rng.permutation(6), rng.permutation(5)
+    tx = fo.kl_shampoo(update_every=2)
+    updates, _ = run(tx, history)
+    shuffled, _ = run(tx, {"w": history["w"][:, rows][:, :, columns]})
+    _compare.assert_within(
+        shuffled["w"], updates["w"][:, rows][:, :, columns], TOLERANCE
+    )
+
+
+def test_rotations_do_not_matter_from_eigenvectors_on(rng):
+    history = gradients(rng, {"w": (6, 6)})
+    left, right = (np.linalg.qr(rng.normal(size=(6, 6)))[0] for _ in range(2))
+    tx = fo.kl_shampoo(first_basis="eigh", update_every=2)
+    updates, _ = run(tx, history)
+    rotated, _ = run(tx, {"w": (left @ history["w"] @ right).astype(np.float32)})
+    # Measured 2e-5; the rotated gradients are rounded anew.
+    _compare.assert_within(rotated["w"], left @ updates["w"] @ right, 3e-4)
+
+
+def primitives(tx, params):
+    """The program of one update as text."""
+    return str(jax.make_jaxpr(tx.update)(params, tx.init(params)))
+
+
+def test_program_holds_no_eigendecomposition():
+    params = {"w": jnp.ones((6, 6)), "stack": jnp.ones((12, 4, 8))}
+    for method in ("qr", "cholesky_qr"):
+        assert "eigh" not in primitives(
+            fo.kl_shampoo(orthonormalisation=method), params
+        )
+    # The same search finds it where there is one.
+    assert "eigh" in primitives(fo.kl_shampoo(first_basis="eigh"), params)
+    assert "eigh" in primitives(fo.kl_shampoo(statistics="gram"), params)
+
+
+def test_state_of_a_transformer_takes_12_bytes_a_parameter():
+    width, depth = 384, 12
+    kernels = {"qkv": 3, "proj": 1, "adaLN": 6, "fc1": 4}
+    params = {
+        name: jax.ShapeDtypeStruct((depth, width, count * width), jnp.float32)
+        for name, count in kernels.items()
+    }
+    params["fc2"] = jax.ShapeDtypeStruct((depth, 4 * width, width), jnp.float32)
+    total = sum(leaf.size for leaf in params.values())
+
+    def bytes_of(tx):
+        state = jax.eval_shape(tx.init, params)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+    fused = fo.Routing(stacked=["qkv", "proj", "adaLN", "fc1", "fc2"])
+    chunked = fo.Routing(
+        [fo.Rule("qkv", chunks=3), fo.Rule("adaLN", chunks=6)], stacked=fused.stacked
+    )
+    for routing in (fused, chunked):
+        # With the momentum's four bytes.
+        tx = fo.kl_shampoo(optax.trace(0.95), routing=routing)
+        assert bytes_of(tx) <= 12 * total
+    # Half a factor and a basis of either side: 6 + 6, and 4 for an eigenvalue a row.
+    square = {"proj": params["proj"]}
+    state = jax.eval_shape(fo.kl_shampoo().init, square)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    assert size / square["proj"].size == pytest.approx(12, abs=0.05)
+
+
+def test_bfloat16_gradients(rng):
+    history = gradients(rng, {"w": (6, 8)})
+    rounded = {"w": jnp.asarray(history["w"], jnp.bfloat16)}
+    tx = fo.kl_shampoo(optax.trace(0.9, accumulator_dtype=jnp.float32))
+    update, state = tx.update({"w": rounded["w"][0]}, tx.init({"w": rounded["w"][0]}))
+    assert update["w"].dtype == jnp.bfloat16
+    assert state.input_factors["w"].dtype == jnp.float32
+    low, _ = run(tx, rounded)
+    full, _ = run(tx, {"w": np.asarray(rounded["w"], np.float32)})
+    # The momentum and the update are rounded to eight bits: 2^-8 of entries up to 8,
+    # twice.
+    _compare.assert_within(low["w"], full["w"], 0.1)
+
+
+def test_zero_gradients_stay_zero_and_leave_the_start_to_the_first_other(rng):
+    history = gradients(rng, {"w": (6, 6)}, steps=3)
+    late = {"w": np.concatenate([np.zeros_like(history["w"][:2]), history["w"]])}
+    tx = fo.kl_shampoo(stagger=False, bias_correction=False)
+    updates, _ = run(tx, late)
+    direct, _ = run(tx, history)
+    assert not updates["w"][:2].any()
+    # The first update with a gradient has its direction and the size 1.
+    _compare.assert_within(updates["w"][2], direct["w"][0], 1e-5)
+    assert np.isfinite(updates["w"]).all()
+
+
+@pytest.mark.parametrize("settings", [{}, {"statistics": "gram"}])
+@pytest.mark.parametrize("sides", ["both", "small"])
+def test_vectors_and_scalars_as_matrices(rng, settings, sides):
+    history = gradients(rng, {"row": (1, 5), "column": (5, 1), "one": (1, 1)}, steps=4)
+    updates, _ = run(fo.kl_shampoo(sides=sides, **settings), history)
+    for name, stack in updates.items():
+        assert np.isfinite(stack).all(), name
+        assert np.abs(stack).max() > 0, name
+
+
+def changed(before, after):
+    """Which matrices of a stack have another basis."""
+    return np.any(np.asarray(before) != np.asarray(after), axis=(1, 2))
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_renewals_are_spread_over_the_steps(rng, traced):
+    history = gradients(rng, {"a": (10, 4, 4), "b": (4, 4), "c": (4, 4)}, steps=10)
+    every = jnp.asarray(5) if traced else 5
+    tx = fo.kl_shampoo(update_every=every, sides="small")
+    update = jax.jit(tx.update)
+    state = tx.init(jax.tree.map(lambda stack: jnp.asarray(stack[0]), history))
+    seen = {name: [] for name in history}
+    for step in range(10):
+        gradient = {name: jnp.asarray(stack[step]) for name, stack in history.items()}
+        _, new = update(gradient, state)
+        for name, steps in seen.items():
+            steps.append(changed(state.input_bases[name], new.input_bases[name]))
+        state = new
+    for name, steps in seen.items():
+        # Each matrix once in five steps.
+        np.testing.assert_array_equal(np.sum(steps[:5], axis=0), 1, err_msg=name)
+        np.testing.assert_array_equal(np.sum(steps[5:], axis=0), 1, err_msg=name)
+    np.testing.assert_array_equal(np.sum(seen["a"], axis=1), 2)
+    assert np.argmax(seen["b"][:5]) != np.argmax(seen["c"][:5])
+
+
+def test_restored_norm_is_that_of_the_momentum(rng):
+    history = gradients(rng, {"w": (3, 4, 6)}, scale=1e-3)
+    updates, _ = run(fo.kl_shampoo(optax.trace(0.9), restore_norm=True), history)
+    momenta, _ = run(optax.trace(0.9), history)
+    for step in range(STEPS):
+        for i in range(3):
+            norm = np.linalg.norm(updates["w"][step, i])
+            # A few units in the last place of float32.
+            assert norm == pytest.approx(
+                np.linalg.norm(momenta["w"][step, i]), rel=1e-6
+            )
+
+
+def test_skipped_first_step_returns_zeros_and_leaves_the_momentum(rng):
+    history = gradients(rng, {"w": (4, 6)}, steps=2)
+    gradient = {"w": jnp.asarray(history["w"][0])}
+    tx = fo.kl_shampoo(optax.trace(0.9), first_step="skip")
+    state = tx.init(gradient)
+    update, new = tx.update(gradient, state)
+    assert not np.asarray(update["w"]).any()
+    _compare.assert_trees_identical(new.inner_state, state.inner_state)
+    assert np.asarray(new.input_factors["w"]).any()
+    update, _ = tx.update(gradient, new)
+    assert np.asarray(update["w"]).any()
+
+
+def test_loop_and_batch_are_the_same(rng):
+    history = gradients(rng, {"stack": (5, 4, 6), "square": (5, 4, 4)})
+    loop, _ = run(fo.kl_shampoo(batching="loop"), history)
+    batch, _ = run(fo.kl_shampoo(batching="batch"), history)
+    for name in history:
+        # The same operations, in another order of summation.
+        _compare.assert_within(loop[name], batch[name], TOLERANCE, name)
+
+
+def test_cholesky_and_qr_are_the_same(rng):
+    history = gradients(rng, {"stack": (5, 4, 6), "square": (5, 4, 4)})
+    qr, _ = run(fo.kl_shampoo(orthonormalisation="qr"), history)
+    cholesky, _ = run(fo.kl_shampoo(orthonormalisation="cholesky_qr"), history)
+    for name in history:
+        # The bases agree up to signs, which leave the direction alone.
+        _compare.assert_within(cholesky[name], qr[name], 3e-4, name)
+
+
+def test_holes_of_a_masked_tree_have_no_state(rng):
+    params = {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}
+    tx = optax.multi_transform(
+        {"spectral": fo.kl_shampoo(optax.trace(0.9)), "scalar": optax.scale_by_adam()},
+        {"kernel": "spectral", "bias": "scalar"},
+    )
+    state = tx.init(params)
+    updates, new = jax.jit(tx.update)(params, state)
+    assert jax.tree.structure(state) == jax.tree.structure(new)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"b2": 1.0}, r"`b2` must lie in \[0.0, 1.0\), got 1.0"),
+        ({"statistics": "grams"}, "Did you mean 'gram'"),
+        ({"update_every": 0}, "`update_every` must be at least 1"),
+        ({"sides": "left"}, "`sides` must be one of"),
+        ({"damping": -1.0}, "`damping` must lie in"),
+        ({"init_factor": 0.0}, "`init_factor` must lie in"),
+    ],
+)
+def test_settings_out_of_range_are_errors(settings, message):
+    with pytest.raises(ValueError, match=message):
+        fo.kl_shampoo(**settings)
+
+
+def test_leaf_without_matrices_is_an_error():
+    with pytest.raises(ValueError, match=r"'bias' of shape float32\[3\]"):
+        fo.kl_shampoo().init({"bias": jnp.ones(3)})

@@ -1,0 +1,273 @@
+"""Sample a diffusion transformer, or look into one, from the command line.
+
+python -m fusionopt_jax.dit sample --weights DiT-XL-2-256x256.pt \\
+        --labels 207,360 --steps 50 --cfg 4 --out grid.png
+python -m fusionopt_jax.dit inspect --weights DiT-XL-2-256x256.pt
+"""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fusionopt_jax._checks import did_you_mean
+from fusionopt_jax._types import Params
+from fusionopt_jax.dit.cache import (
+    build_cache,
+    cache_bytes,
+    distinct_labels,
+    modulator_bytes,
+    strip_modulators,
+)
+from fusionopt_jax.dit.checkpoint import from_pytorch
+from fusionopt_jax.dit.config import CONFIGS, DiTConfig
+from fusionopt_jax.dit.model import init_params
+from fusionopt_jax.dit.pictures import save_images
+from fusionopt_jax.dit.samplers import Sampler
+from fusionopt_jax.dit.sampling import sample
+
+_DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: What follows `python -m fusionopt_jax.dit`; None reads `sys.argv`.
+
+    Returns:
+        The exit code: 0, or 1 after an error, whose message goes to standard error.
+
+    Example:
+        >>> main(["inspect", "--model", "DiT-S/9"])
+        1
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The two commands and their options."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fusionopt_jax.dit",
+        description="Sample a diffusion transformer, or look into one.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    sampling = commands.add_parser("sample", help="sample images of given labels")
+    sampling.set_defaults(run=_sample)
+    _add_weights(sampling, required=True)
+    add = sampling.add_argument
+    add("--labels", required=True, help="comma-separated classes, such as 207,360")
+    add("--count", type=int, default=1, help="images per label (default: 1)")
+    add(
+        "--sampler",
+        choices=("ddim", "ddpm", "dpm", "euler", "heun"),
+        default="ddim",
+        help="euler and heun are for flow models (default: ddim)",
+    )
+    add("--steps", default="50", help="number, or a respacing such as ddim50")
+    add("--shift", type=float, default=1.0, help="time shift of euler and heun")
+    add("--eta", type=float, default=0.0, help="randomness of ddim, in [0, 1]")
+    add("--clip", action="store_true", help="cut predictions to [-1, 1]; for pixels")
+    add("--cfg", type=float, default=4.0, help="guidance scale; 1 is none (default: 4)")
+    add(
+        "--cfg-channels",
+        type=int,
+        choices=(3,),
+        help="guide only the first 3 channels, as the published code does",
+    )
+    add("--seed", type=int, default=0, help="seed of the noise (default: 0)")
+    add("--dtype", choices=tuple(_DTYPES), default="fp32", help="type of the products")
+    add("--no-cache", action="store_true", help="compute the modulation in every step")
+    add("--out", required=True, type=pathlib.Path, help="a .png grid, or .npy images")
+
+    inspect = commands.add_parser("inspect", help="sizes of a model and of its cache")
+    inspect.set_defaults(run=_inspect)
+    _add_weights(inspect, required=False)
+    add = inspect.add_argument
+    add("--model", help="a published size without weights, such as DiT-XL/2")
+    add("--steps", type=int, default=50, help="steps of the cache (default: 50)")
+    add("--labels", type=int, default=1, help="distinct labels of it (default: 1)")
+    return parser
+
+
+def _add_weights(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """Options that say where weights come from."""
+    parser.add_argument(
+        "--weights",
+        required=required,
+        type=pathlib.Path,
+        help="a .pt, .safetensors or .npz file of the published form",
+    )
+    parser.add_argument(
+        "--num-heads", type=int, help="attention heads, for widths not published"
+    )
+    parser.add_argument("--entry", help='part of a training checkpoint, such as "ema"')
+
+
+def _sample(options: argparse.Namespace) -> None:
+    """The command `sample`."""
+    labels = np.repeat(_labels(options.labels), options.count)
+    if labels.size == 0:
+        raise ValueError(f"`--count` must be at least 1, got {options.count}.")
+    sampler = _sampler(options)
+    # A wrong ending should not cost a sampling run.
+    if options.out.suffix not in (".png", ".npy"):
+        raise ValueError(f"`--out` must end in .png or .npy, got {options.out}.")
+    params, config = from_pytorch(
+        options.weights, options.num_heads, entry=options.entry
+    )
+    if options.sampler == "ddpm" and not config.learn_sigma:
+        sampler = Sampler.ddpm(options.steps, "fixed_small", options.clip)
+    cache = None
+    if not options.no_cache:
+        cache = build_cache(params, config, sampler.eval_times(), labels)
+        params = strip_modulators(params)
+    noise_key, step_key = jax.random.split(jax.random.key(options.seed))
+    shape = (len(labels), config.input_size, config.input_size, config.in_channels)
+    images = sample(
+        params,
+        config,
+        cache,
+        jax.random.normal(noise_key, shape),
+        labels,
+        sampler,
+        options.cfg,
+        cfg_channels=options.cfg_channels,
+        key=step_key,
+        dtype=_DTYPES[options.dtype],
+        progress=_show_progress if sys.stderr.isatty() else None,
+        donate=True,
+    )
+    note = save_images(
+        options.out, np.asarray(images), columns=len(labels) // options.count
+    )
+    sys.stdout.write(f"{options.out}: {note}\n")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    """The command `inspect`."""
+    if (options.weights is None) == (options.model is None):
+        raise ValueError("give either `--weights` or `--model`.")
+    if options.model is None:
+        params, config = from_pytorch(
+            options.weights, options.num_heads, entry=options.entry
+        )
+    else:
+        if options.model not in CONFIGS:
+            raise ValueError(
+                f"`--model` must be one of {', '.join(CONFIGS)}; got "
+                f"{options.model!r}.{did_you_mean(options.model, CONFIGS)}"
+            )
+        config = CONFIGS[options.model]
+        params = jax.eval_shape(lambda: init_params(config))
+    sys.stdout.write(describe(params, config, options.steps, options.labels))
+
+
+def describe(params: Params, config: DiTConfig, steps: int, labels: int) -> str:
+    """Sizes of a model, of its modulators, and of the cache that replaces them.
+
+    Args:
+        params: Parameters, or their shapes.
+        config: Sizes of the model.
+        steps: Steps of the cache.
+        labels: Distinct labels of a request, without the null label.
+
+    Returns:
+        A text of several lines.
+
+    Example:
+        >>> config = DiTConfig(input_size=4, hidden_size=32, depth=1, num_heads=2)
+        >>> print(describe(init_params(config), config, 10, 1).splitlines()[-1])
+        a cache is smaller than the modulators while steps x labels < 33
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    rows = [
+        (
+            jax.tree_util.keystr(path, simple=True, separator="/"),
+            "x".join(str(size) for size in leaf.shape),
+            str(leaf.dtype),
+            leaf.size,
+        )
+        for path, leaf in leaves
+    ]
+    total = sum(row[3] for row in rows)
+    size = sum(leaf.size * leaf.dtype.itemsize for _, leaf in leaves)
+    table = [
+        f"{name:<34}{shape:>18}{dtype:>10}{count:>13,}{count / total:>7.1%}"
+        for name, shape, dtype, count in rows
+    ]
+    padded = len(distinct_labels(config, np.arange(labels)))
+    full, half = (
+        cache_bytes(config, steps, padded, dtype) for dtype in _DTYPES.values()
+    )
+    modulators = modulator_bytes(config)
+    lines = [
+        *table,
+        "",
+        f"{total:,} parameters, {_mebibytes(size)}",
+        f"image {config.input_size}x{config.input_size}x{config.in_channels}, "
+        f"{config.num_tokens} tokens, {config.num_classes} classes, "
+        f"learned variance: {'yes' if config.learn_sigma else 'no'}",
+        f"modulators {_mebibytes(modulators)} in fp32, "
+        f"{modulators / 4 / total:.0%} of the parameters",
+        f"cache of {steps} steps x {padded} labels (with the null label and padding): "
+        f"{_mebibytes(full)} in fp32, {_mebibytes(half)} in bf16",
+        "a cache is smaller than the modulators while steps x labels < "
+        f"{config.hidden_size + 1}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _labels(text: str) -> np.ndarray:
+    """The labels of a comma-separated list."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(
+            f"`--labels` must be whole numbers with commas between, got {text!r}."
+        )
+    return np.array([int(part) for part in parts], np.int32)
+
+
+def _sampler(options: argparse.Namespace) -> Sampler:
+    """The sampler that the options ask for."""
+    if options.sampler == "ddim":
+        return Sampler.ddim(options.steps, options.eta, options.clip)
+    if options.sampler == "ddpm":
+        return Sampler.ddpm(options.steps, clip=options.clip)
+    if not options.steps.isdecimal():
+        raise ValueError(
+            f"`--steps` must be a whole number for {options.sampler}, got "
+            f"{options.steps!r}."
+        )
+    steps = int(options.steps)
+    if options.sampler == "dpm":
+        return Sampler.dpm_solver_pp_2m(steps, clip=options.clip)
+    make: Any = getattr(Sampler, options.sampler)
+    return make(steps, options.shift)
+
+
+def _show_progress(step: int, total: int) -> None:
+    """One line that is written over."""
+    end = "\n" if step == total else ""
+    sys.stderr.write(f"\rstep {step} of {total}{end}")
+
+
+def _mebibytes(size: int) -> str:
+    """A number of bytes for people."""
+    return f"{size / 2**20:,.1f} MiB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""Sampled images as files: a grid of pictures, or the numbers themselves."""
+
+import os
+import pathlib
+
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+
+def save_images(
+    path: str | os.PathLike[str],
+    images: Float[Array | np.ndarray, "batch height width channels"],
+    *,
+    columns: int | None = None,
+    enlarge: int = 4,
+) -> str:
+    """Write images to a `.png` grid, or as they are to `.npy`.
+
+    One or three channels are taken for pixels in [-1, 1]. Any other number is taken for
+    latents, which only their autoencoder can turn into pictures: the grid then shows
+    the first three channels, each stretched to its own range, to tell whether there is
+    structure.
+
+    Args:
+        path: File ending in ".png" (needs Pillow, in the extra `examples`) or ".npy".
+        images: [batch, height, width, channels].
+        columns: Of the grid, filled column by column; None is one row.
+        enlarge: How many pixels a side each pixel becomes in a `.png`.
+
+    Returns:
+        A sentence that says what was written.
+
+    Raises:
+        ValueError: If the ending is another one, or the values are not finite.
+        ImportError: If Pillow is needed and not installed.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_images(pathlib.Path(folder) / "a.npy", np.zeros((2, 4, 4, 4)))
+        '2 latents of shape 4x4x4 (decode them with their autoencoder)'
+    """
+    path = pathlib.Path(path)
+    values = np.asarray(images, np.float32)
+    if not np.isfinite(values).all():
+        raise ValueError(
+            "`images` has NaN or infinite values, so nothing was written; sample in "
+            "fp32, with less guidance, or check the weights."
+        )
+    latent = values.shape[-1] not in (1, 3)
+    kind = "latents" if latent else "images"
+    shape = "x".join(str(size) for size in values.shape[1:])
+    said = f"{len(values)} {kind} of shape {shape}"
+    if path.suffix == ".npy":
+        np.save(path, values)
+        return said + (" (decode them with their autoencoder)" if latent else "")
+    if path.suffix != ".png":
+        raise ValueError(f"`path` must end in .png or .npy, got {path}.")
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError(
+            "writing a .png needs Pillow, which is not installed; install the extra "
+            '`examples`: pip install "fusionopt-jax[examples]", or write a .npy.'
+        ) from error
+    grid = picture_grid(values, columns or len(values))
+    Image.fromarray(grid.repeat(enlarge, axis=0).repeat(enlarge, axis=1)).save(path)
+    if latent:
+        said += (
+            ": the first three channels, stretched; these are no pixels. Write a .npy "
+            "and decode it with the autoencoder to see pictures"
+        )
+    return said
+
+
+def picture_grid(
+    images: Float[np.ndarray, "batch height width channels"], columns: int
+) -> UInt8[np.ndarray, "rows_height columns_width 3"]:
+    """Images in a grid, filled column by column, as RGB bytes.
+
+    Args:
+        images: Pixels in [-1, 1] of one or three channels, or latents of any other
+            number, of which the first three channels are stretched to their range.
+        columns: Number of columns.
+
+    Returns:
+        Bytes, [rows * (height + 1) - 1, columns * (width + 1) - 1, 3]: a line one pixel
+        wide lies between the images.
+
+    Example:
+        >>> picture_grid(np.ones((4, 8, 8, 1), np.float32), columns=2).shape
+        (17, 17, 3)
+    """
+    channels = images.shape[-1]
+    if channels in (1, 3):
+        shown = np.broadcast_to(images, (*images.shape[:-1], 3))
+        shown = np.clip((shown + 1.0) / 2.0, 0.0, 1.0)
+    else:
+        shown = images[..., :3] if channels > 3 else images[..., [0, 1, 1]]
+        low, high = np.percentile(shown, [2, 98], axis=(0, 1, 2))
+        shown = np.clip((shown - low) / np.maximum(high - low, 1e-6), 0.0, 1.0)
+    count, height, width, _ = shown.shape
+    rows = -(-count // columns)
+    grid = np.ones((rows * (height + 1), columns * (width + 1), 3))
+    for index, image in enumerate(shown):
+        column, row = divmod(index, rows)
+        top, left = row * (height + 1), column * (width + 1)
+        grid[top : top + height, left : left + width] = image
+    return np.rint(255.0 * grid[:-1, :-1]).astype(np.uint8)

@@ -1,0 +1,166 @@
+"""The command line, through its own entry point and once as a process."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from fusionopt_jax import dit
+from fusionopt_jax.dit import __main__ as command
+from fusionopt_jax.dit import pictures
+
+CONFIG = dit.DiTConfig(
+    input_size=4, hidden_size=32, depth=1, num_heads=2, num_classes=10
+)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A small model in the published form."""
+    params = jax.tree.map(lambda leaf: leaf + 0.02, dit.init_params(CONFIG))
+    path = tmp_path_factory.mktemp("weights") / "small.npz"
+    np.savez(path, **dit.to_pytorch(params, CONFIG))
+    return path
+
+
+def run(*arguments):
+    return command.main([str(argument) for argument in arguments])
+
+
+def sampled(weights, path, *extra):
+    """Images of a short run."""
+    base = ["--num-heads", 2, "--labels", "3,7", "--steps", 3, "--out", path]
+    assert run("sample", "--weights", weights, *base, *extra) == 0
+    return np.load(path)
+
+
+def test_sample_writes_what_the_library_samples(weights, tmp_path, capsys):
+    images = sampled(weights, tmp_path / "a.npy", "--count", 2, "--cfg", 2)
+    assert "4 latents of shape 4x4x4" in capsys.readouterr().out
+    params, config = dit.from_pytorch(weights, num_heads=2)
+    noise = jax.random.normal(jax.random.split(jax.random.key(0))[0], (4, 4, 4, 4))
+    expected = dit.sample(
+        params, config, None, noise, [3, 3, 7, 7], dit.Sampler.ddim("3"), 2.0
+    )
+    # With the cache here, without there.
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(images / scale, expected / scale, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ("--sampler", "ddpm", "--no-cache"),
+        ("--sampler", "dpm", "--cfg-channels", "3"),
+        ("--sampler", "euler", "--shift", "2", "--dtype", "bf16"),
+    ],
+    ids=lambda extra: extra[1],
+)
+def test_every_kind_of_sampler_runs(weights, tmp_path, extra):
+    assert sampled(weights, tmp_path / "a.npy", *extra).shape == (2, 4, 4, 4)
+
+
+def test_a_picture_of_latents_says_that_it_is_none(weights, tmp_path, capsys):
+    path = tmp_path / "grid.png"
+    assert run(
+        *("sample", "--weights", weights, "--num-heads", 2, "--labels", "3,7"),
+        *("--steps", 3, "--out", path),
+    ) == 0  # fmt: skip
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert "no pixels" in capsys.readouterr().out
+
+
+def test_inspect_lists_parameters_and_cache(weights, capsys):
+    assert run("inspect", "--weights", weights, "--num-heads", 2) == 0
+    text = capsys.readouterr().out
+    params = dit.from_pytorch(weights, num_heads=2)[0]
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert f"{count:,} parameters" in text
+    assert "blocks/adaLN_modulation/kernel" in text
+    assert "50 steps x 2 labels" in text
+
+
+def test_inspect_knows_the_published_sizes(capsys):
+    assert run("inspect", "--model", "DiT-XL/2") == 0
+    text = capsys.readouterr().out
+    # The published count has the fixed position table, 256 x 1152, no parameter here.
+    assert f"{675_129_632 - 256 * 1152:,} parameters" in text
+    assert "modulators 861.4 MiB in fp32, 33% of the parameters" in text
+    assert "74.7 MiB in fp32" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["sample", "--labels", "3;7", "--out", "a.npy"], "commas"),
+        (["sample", "--labels", "3", "--out", "a.jpg"], ".png or .npy"),
+        (["sample", "--labels", "3", "--out", "a.npy", "--count", "0"], "--count"),
+        (["sample", "--labels", "11", "--out", "a.npy"], "must lie in"),
+        (["sample", "--labels", "3", "--out", "a.npy", "--steps", "x"], "respacing"),
+        (
+            ["sample", "--labels", "3", "--out", "a.npy", "--sampler", "dpm",
+             "--steps", "ddim5"],
+            "whole number",
+        ),
+        (["inspect", "--model", "DiT-XL/2"], "either"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line(
+    weights, arguments, words, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments, "--weights", weights, "--num-heads", 2) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert words in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_weights_and_unknown_models_are_errors(capsys, tmp_path):
+    missing = tmp_path / "none.npz"
+    assert run("inspect", "--weights", missing) == 1
+    assert str(missing) in capsys.readouterr().err
+    assert run("inspect", "--model", "DiT-XL/3") == 1
+    assert "DiT-XL/2" in capsys.readouterr().err
+
+
+def test_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "fusionopt_jax.dit", "sample", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert "--cfg" in done.stdout
+
+
+def test_grids_are_filled_column_by_column():
+    images = np.linspace(-1, 1, 6, dtype=np.float32)[:, None, None, None]
+    grid = pictures.picture_grid(np.tile(images, (1, 2, 2, 1)), columns=3)
+    assert grid.shape == (5, 8, 3)
+    assert grid[[0, 3]][:, [0, 3, 6], 0].T.ravel().tolist() == [
+        0,
+        51,
+        102,
+        153,
+        204,
+        255,
+    ]
+    assert (grid[2] == 255).all()
+
+
+def test_numbers_that_are_none_are_not_written(tmp_path):
+    images = np.full((1, 2, 2, 3), np.nan, np.float32)
+    with pytest.raises(ValueError, match="NaN"):
+        pictures.save_images(tmp_path / "a.png", images)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_png_without_pillow_names_the_extra(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ImportError, match="examples"):
+        pictures.save_images(tmp_path / "a.png", np.zeros((1, 2, 2, 3), np.float32))

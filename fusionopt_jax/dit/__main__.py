@@ -1,8 +1,8 @@
 """Sample a diffusion transformer, or look into one, from the command line.
 
-python -m fusionopt_jax.dit sample --weights DiT-XL-2-256x256.pt \\
-        --labels 207,360 --steps 50 --cfg 4 --out grid.png
-python -m fusionopt_jax.dit inspect --weights DiT-XL-2-256x256.pt
+python -m fusionopt_jax.dit sample --weights model.pt --labels 207,360 --steps 50
+    --cfg 4 --out grid.png
+python -m fusionopt_jax.dit inspect --weights model.pt
 """
 
 import argparse

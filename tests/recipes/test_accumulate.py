@@ -174,9 +174,9 @@ def products_outside_branches(tx):
 def test_newton_schulz_runs_only_inside_the_branch():
     tx = optax.chain(fo.ns5(hot_dtype="fp32", bucketing="leaf"), optax.scale(-0.1))
     outside, total = products_outside_branches(fo.accumulate(tx, every=4))
-    assert total >= 15
+    assert total > 0
     assert outside == 0
     # That the reading of the program sees products where there are some: this wrapper
     # runs the inner update at every call.
     outside, total = products_outside_branches(optax.MultiSteps(tx, 4))
-    assert outside == total >= 15
+    assert outside == total > 0

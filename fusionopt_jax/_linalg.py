@@ -30,6 +30,8 @@ Method: TypeAlias = Literal["auto", "plain", "gram"]
 Preconditioner: TypeAlias = Literal["frobenius", "aol"]
 CoefficientTable: TypeAlias = tuple[tuple[float, float, float], ...]
 
+_DTYPES = {"bf16": jnp.bfloat16, "fp16": jnp.float16, "fp16_safe": jnp.float16}
+
 HOT_DTYPES: tuple[HotDtype, ...] = ("auto", "fp32", "bf16", "fp16", "fp16_safe")
 METHODS: tuple[Method, ...] = ("auto", "plain", "gram")
 PRECONDITIONERS: tuple[Preconditioner, ...] = ("frobenius", "aol")
@@ -51,9 +53,12 @@ COEFFICIENTS: dict[str, CoefficientTable] = {
 # divided by 1.02 of the norm (arXiv 2505.16932, its reference code).
 _SAFETY: dict[str, float] = {"quintic": 1.0, "polar_express": 1.02}
 
-# The Gram form restarts from X after this many steps: the rounding error of R grows
-# with every step taken on R alone.
-_GRAM_RESTART = 2
+# The Gram form restarts from X after at most this many steps, for the rounding error
+# of R grows with each step taken on R alone. Against an SVD, in half precision, three
+# steps and then two are ten times as accurate as two and then three; in fp32 five steps
+# need no restart.
+_GRAM_STEPS = {"fp32": 5}
+_GRAM_STEPS_HALF = 3
 
 
 def coefficient_table(
@@ -85,30 +90,42 @@ def resolve_hot_dtype(hot_dtype: HotDtype) -> HotDtype:
 
 
 def newton_schulz_flops(
-    m: int, n: int, steps: int, method: Literal["plain", "gram"]
+    m: int,
+    n: int,
+    table: CoefficientTable,
+    method: Literal["plain", "gram"],
+    hot_dtype: HotDtype = "fp32",
 ) -> int:
-    """Floating-point operations of `steps` steps on one m × n matrix, m ≤ n."""
+    """Floating-point operations of all matrix products for one m × n matrix, m ≤ n."""
     if method == "plain":
-        return steps * (4 * m * m * n + 2 * m**3)
+        return len(table) * (4 * m * m * n + 2 * m**3)
     total = 0
-    for segment in gram_segments(steps):
-        # XXᵀ and QX once; per step R² ; Q from the second step; R but for the last.
-        total += 4 * m * m * n
-        total += 2 * m**3 * (segment + (segment - 1) + 2 * (segment - 1))
+    for segment in gram_segments(table, hot_dtype):
+        # XXᵀ and QX once; R² each step; Q and the two products of R from the second.
+        total += 4 * m * m * n + 2 * m**3 * (4 * len(segment) - 3)
     return total
 
 
-def gram_segments(steps: int) -> tuple[int, ...]:
-    """How many steps the Gram form takes between one restart and the next."""
-    if steps <= _GRAM_RESTART:
-        return (steps,)
-    return (_GRAM_RESTART, steps - _GRAM_RESTART)
+def gram_segments(
+    table: CoefficientTable, hot_dtype: HotDtype = "fp32"
+) -> tuple[CoefficientTable, ...]:
+    """The steps that the Gram form takes between one restart and the next."""
+    longest = _GRAM_STEPS.get(hot_dtype, _GRAM_STEPS_HALF)
+    count = -(-len(table) // longest)
+    sizes = [len(table) // count + (i < len(table) % count) for i in range(count)]
+    starts = [sum(sizes[:i]) for i in range(count)]
+    return tuple(
+        table[start : start + size] for start, size in zip(starts, sizes, strict=True)
+    )
 
 
-def cheaper_method(m: int, n: int, steps: int) -> Literal["plain", "gram"]:
+def cheaper_method(
+    m: int, n: int, table: CoefficientTable, hot_dtype: HotDtype = "fp32"
+) -> Literal["plain", "gram"]:
     """The form that needs fewer operations: Gram above n/m of about 1.5."""
-    gram = newton_schulz_flops(m, n, steps, "gram")
-    return "gram" if gram < newton_schulz_flops(m, n, steps, "plain") else "plain"
+    gram = newton_schulz_flops(m, n, table, "gram", hot_dtype)
+    plain = newton_schulz_flops(m, n, table, "plain")
+    return "gram" if gram < plain else "plain"
 
 
 def frobenius_norm(X: Float[Array, "*batch m n"]) -> Float[Array, "*batch 1 1"]:
@@ -148,46 +165,53 @@ def newton_schulz(
     hot_dtype = resolve_hot_dtype(hot_dtype)
     m, n = G.shape[-2:]
     if method == "auto":
-        method = cheaper_method(m, n, len(table))
-    half = {"bf16": jnp.bfloat16, "fp16": jnp.float16}.get(hot_dtype, jnp.float32)
-    storage = jnp.dtype(half)
-    operand = jnp.dtype(jnp.float16) if hot_dtype == "fp16_safe" else storage
+        method = cheaper_method(m, n, table, hot_dtype)
+    operand = jnp.dtype(_DTYPES.get(hot_dtype, jnp.float32))
+    storage = jnp.dtype(jnp.float32) if hot_dtype == "fp16_safe" else operand
 
     X = G.astype(jnp.float32)
     X = X / (frobenius_norm(X) * safety + eps)
     if preconditioner == "aol":
         X = _aol_scale(X) / safety
     X = X.astype(storage)
-    steps = _gram_steps if method == "gram" else _plain_steps
-    return steps(X, table, operand).astype(jnp.float32)
+    if method == "plain":
+        return _plain_steps(X, table, operand).astype(jnp.float32)
+    for segment in gram_segments(table, hot_dtype):
+        X = _gram_steps(X, segment, operand)
+    return X.astype(jnp.float32)
 
 
 def _plain_steps(X: Array, table: CoefficientTable, operand: jnp.dtype) -> Array:
     """X ← (aI + bR + cR²) X for each row of the table, R = XXᵀ."""
-    for a, b, c in table:
+
+    def step(X: Array, row: Array) -> tuple[Array, None]:
         R = _product(X, X.mT, operand)
-        Z = b * R + c * _product(R, R, operand)
-        X = (a * X + _product(Z, X, operand)).astype(X.dtype)
-    return X
+        Z = row[1] * R + row[2] * _product(R, R, operand)
+        return (row[0] * X + _product(Z, X, operand)).astype(X.dtype), None
+
+    return jax.lax.scan(step, X, jnp.asarray(table, jnp.float32))[0]
 
 
 def _gram_steps(X: Array, table: CoefficientTable, operand: jnp.dtype) -> Array:
-    """The same polynomial with products of m × m matrices only, restarted once."""
-    start = 0
-    for length in gram_segments(len(table)):
-        R = _product(X, X.mT, operand)
-        Q = None
-        for index, (a, b, c) in enumerate(table[start : start + length]):
-            Z = b * R + c * _product(R, R, operand)
-            Q = _add_identity(Z, a) if Q is None else a * Q + _product(Z, Q, operand)
-            if index + 1 < length:
-                # (aI + Z) R (aI + Z), where R and Z commute.
-                W = _product(R, Z, operand)
-                R = a * a * R + 2 * a * W + _product(Z, W, operand)
-        start += length
-        if Q is not None:
-            X = _product(Q, X, operand).astype(X.dtype)
-    return X
+    """The same polynomial with products of m × m matrices only."""
+
+    def polynomial(R: Array, row: Array) -> Array:
+        return row[1] * R + row[2] * _product(R, R, operand)
+
+    def step(carry: tuple[Array, ...], row: Array) -> tuple[tuple[Array, ...], None]:
+        R, Z, Q, a = carry
+        # (aI + Z) R (aI + Z), where R and Z commute.
+        W = _product(R, Z, operand)
+        R = a * a * R + 2 * a * W + _product(Z, W, operand)
+        Z = polynomial(R, row)
+        return (R, Z, row[0] * Q + _product(Z, Q, operand), row[0]), None
+
+    rows = jnp.asarray(table, jnp.float32)
+    R = _product(X, X.mT, operand)
+    Z = polynomial(R, rows[0])
+    first = (R, Z, _add_identity(Z, rows[0, 0]), rows[0, 0])
+    (_, _, Q, _), _ = jax.lax.scan(step, first, rows[1:])
+    return _product(Q, X, operand).astype(X.dtype)
 
 
 def _product(A: Array, B: Array, operand: jnp.dtype) -> Array:
@@ -216,7 +240,7 @@ def _rounded(A: Array, dtype: jnp.dtype) -> Array:
     return jax.lax.reduce_precision(A, info.nexp, info.nmant)
 
 
-def _add_identity(Z: Array, a: float) -> Array:
+def _add_identity(Z: Array, a: Array) -> Array:
     """Z + aI."""
     identity = jnp.eye(Z.shape[-1], dtype=Z.dtype)
     return Z + a * jnp.broadcast_to(identity, Z.shape)

@@ -145,8 +145,9 @@ def map_stacks(
         leaves: Arrays.
         views: How each of them is a stack.
         bucketing: `"batch"` joins leaves of equal matrix shape and dtype and makes one
-            batched call; `"loop"` does the same one matrix at a time in a compiled
-            loop; `"leaf"` makes one batched call for each leaf; `"auto"` chooses
+            batched call; `"loop"` goes through them one matrix at a time in a compiled
+            loop, through a leaf that is a stack as it lies and through single matrices
+            joined; `"leaf"` makes one batched call for each leaf; `"auto"` chooses
             between the first two by the backend.
 
     Returns:
@@ -154,7 +155,7 @@ def map_stacks(
     """
     bucketing = resolve_bucketing(bucketing)
     results: list[Array | None] = [None] * len(leaves)
-    for members in _buckets(leaves, views, join=bucketing != "leaf"):
+    for members in _buckets(leaves, views, bucketing):
         stacks = [_turned(views[i], views[i].to_stack(leaves[i])) for i in members]
         joined = stacks[0] if len(stacks) == 1 else jnp.concatenate(stacks)
         if bucketing == "loop" and joined.shape[0] > 1:
@@ -175,11 +176,13 @@ def _turned(view: MatrixView, stack: Array) -> Array:
 
 
 def _buckets(
-    leaves: Sequence[Array], views: Sequence[MatrixView], *, join: bool
+    leaves: Sequence[Array], views: Sequence[MatrixView], bucketing: Bucketing
 ) -> list[list[int]]:
     """Indices of the leaves that one call serves."""
     buckets: dict[Hashable, list[int]] = {}
     for i, (leaf, view) in enumerate(zip(leaves, views, strict=True)):
-        key = (*sorted(view.matrix_shape), leaf.dtype) if join else i
+        # A loop gains nothing from joining stacks, and the copy would cost memory.
+        alone = bucketing == "leaf" or (bucketing == "loop" and view.count > 1)
+        key = i if alone else (*sorted(view.matrix_shape), leaf.dtype)
         buckets.setdefault(key, []).append(i)
     return list(buckets.values())

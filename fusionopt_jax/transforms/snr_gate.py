@@ -116,11 +116,13 @@ def snr_gate(
 
     def init_fn(params: Params) -> SNRGateState:
         leaves, treedef = jax.tree.flatten(params)
-        shapes = [
-            leaf.shape if view is None else (view.count, view.matrix_shape[1])
+        moments = [
+            # Like the leaf, since that takes over its sharding too.
+            jnp.zeros_like(leaf, dtype=jnp.float32)
+            if view is None
+            else jnp.zeros((view.count, view.matrix_shape[1]), jnp.float32)
             for leaf, view in zip(leaves, views_of(params), strict=True)
         ]
-        moments = [jnp.zeros(shape, jnp.float32) for shape in shapes]
         return SNRGateState(
             count=jnp.zeros([], jnp.int32),
             gate=jnp.ones([], jnp.float32),

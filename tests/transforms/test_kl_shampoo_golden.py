@@ -3,8 +3,8 @@
 The recordings hold one parameter of three axes as well, `W_3d`. The published code
 gives such a tensor three coupled factors; in this library a leaf of three axes is a
 stack of matrices (or, with a `Rule`, one matrix with joined axes), which is another
-preconditioner. The float64 reference follows that recording, see
-`tests/references/test_references.py`.
+preconditioner: as a stack it ends 0.29 from the recorded weights, which travel 0.51.
+The float64 reference follows that recording, see `tests/references/test_references.py`.
 """
 
 import jax
@@ -59,7 +59,7 @@ def with_recorded_bases(tx, golden):
     return optax.GradientTransformation(tx.init, update)
 
 
-def run(golden, *, recorded_bases=True, **settings):
+def run(golden, *, recorded_bases=True):
     """Weights after every step of the published optimiser, and the last state.
 
     Momentum is an average, the first gradient moves nothing (not even by decay), and
@@ -80,7 +80,6 @@ def run(golden, *, recorded_bases=True, **settings):
         damping=h["eps"] if h.get("using_damping") else 0.0,
         scaling="absolute",
         max_inverse_root=4000.0 if h.get("using_clamping", True) else None,
-        **settings,
     )
     normalise = optax.identity()
     if h.get("normalize_grads"):

@@ -2,7 +2,7 @@
 
 A model can use it if its modulation depends on a time and a label, not on the image,
 and if it takes the modulation from outside when there is one. That is the `mods=None`
-pattern:
+pattern::
 
     def __call__(self, x, cond, mods=None):
         if mods is None:

@@ -11,6 +11,8 @@ from fusionopt_jax import dit
 from fusionopt_jax.dit import __main__ as command
 from fusionopt_jax.dit import pictures
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CONFIG = dit.DiTConfig(
     input_size=4, hidden_size=32, depth=1, num_heads=2, num_classes=10
 )
@@ -132,9 +134,10 @@ def test_runs_as_a_module():
         [sys.executable, "-m", "fusionopt_jax.dit", "sample", "--help"],
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
         timeout=120,
     )
+    assert done.returncode == 0, done.stderr
     assert "--cfg" in done.stdout
 
 

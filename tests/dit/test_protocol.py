@@ -11,6 +11,8 @@ import pytest
 from fusionopt_jax import dit
 from fusionopt_jax.dit import protocol
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 EXAMPLE = pathlib.Path(__file__).parents[2] / "examples" / "adaln_block.py"
 WEIGHTS = {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones(3)}
 

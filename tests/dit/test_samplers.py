@@ -14,6 +14,8 @@ from fusionopt_jax.dit.steps import ancestral_step
 from tests._compare import assert_within
 from tests.references import samplers as reference
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 RECORDED = np.load(pathlib.Path(__file__).parents[1] / "data" / "sampler_toy.npz")
 
 # Ten float32 steps on values of order ten; the recordings were made in float32 too, and

@@ -23,7 +23,8 @@ from jaxtyping import Array, Float
 Orthonormalisation: TypeAlias = Literal["auto", "qr", "cholesky_qr"]
 Stack: TypeAlias = Float[Array, "b m n"]
 SquareStack: TypeAlias = Float[Array, "b d d"]
-Number: TypeAlias = float | Float[Array, ""]
+Number: TypeAlias = float | int | Float[Array, ""]
+"""A number, or a scalar array that a schedule provides."""
 
 ORTHONORMALISATIONS: tuple[Orthonormalisation, ...] = ("auto", "qr", "cholesky_qr")
 
@@ -151,7 +152,7 @@ def ordered(side: Side) -> Side:
 
 
 def eigenvectors(S: SquareStack) -> SquareStack:
-    """The eigenvectors of each matrix, as columns, that of the largest value first."""
+    """The eigenvectors of each matrix as columns, that of the largest value first."""
     return jnp.linalg.eigh(S)[1][:, :, ::-1]
 
 

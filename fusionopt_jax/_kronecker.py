@@ -193,7 +193,11 @@ def renewed_bases(pair: Pair, count: Count, offset: int, settings: Settings) -> 
         return Side(basis, side.values)
 
     def eigenvectors(S: Array, side: Side) -> Side:
-        return side._replace(basis=_eigenbasis.eigenvectors(S))
+        # The values learnt so far belong to another basis.
+        mean = jnp.mean(side.values, axis=1, keepdims=True)
+        return Side(
+            _eigenbasis.eigenvectors(S), jnp.broadcast_to(mean, side.values.shape)
+        )
 
     at_first = eigenvectors if settings.first_basis == "eigh" else None
     return _renewed(pair, step, at_first, count, offset, settings)

@@ -26,7 +26,11 @@ from fusionopt_jax._checks import (
     check_number,
     check_positive,
 )
-from fusionopt_jax._eigenbasis import ORTHONORMALISATIONS, Orthonormalisation
+from fusionopt_jax._eigenbasis import (
+    ORTHONORMALISATIONS,
+    Number,
+    Orthonormalisation,
+)
 from fusionopt_jax._kronecker import (
     BATCHINGS,
     FIRST_BASES,
@@ -49,7 +53,7 @@ from fusionopt_jax._kronecker import (
 )
 from fusionopt_jax._linalg import frobenius_norm
 from fusionopt_jax._optax import TransformLike, accepting_extra_args, transformation
-from fusionopt_jax._types import Count, Params
+from fusionopt_jax._types import Array, Count, Params
 from fusionopt_jax.routing import Routing, matrix_views
 
 FirstStep: TypeAlias = Literal["pass", "skip"]
@@ -95,21 +99,21 @@ def kl_shampoo(
     inner: TransformLike | None = None,
     *,
     routing: Routing | None = None,
-    b2: float = 0.98,
+    b2: Number = 0.98,
     bias_correction: bool | None = None,
     statistics: Statistics = "kl",
-    exponent: float | None = None,
+    exponent: Number | None = None,
     sides: Sides = "auto",
-    update_every: int = 10,
+    update_every: int | Array = 10,
     stagger: bool = True,
     restore_norm: bool = False,
     first_step: FirstStep = "pass",
     first_basis: FirstBasis = "identity",
-    eps: float = 1e-8,
-    damping: float | None = None,
+    eps: Number = 1e-8,
+    damping: Number | None = None,
     scaling: Scaling = "relative",
-    init_factor: float | None = None,
-    max_inverse_root: float | None = 4000.0,
+    init_factor: Number | None = None,
+    max_inverse_root: Number | None = 4000.0,
     orthonormalisation: Orthonormalisation = "auto",
     batching: Batching = "auto",
     precision: jax.lax.Precision = jax.lax.Precision.HIGHEST,
@@ -191,7 +195,7 @@ def kl_shampoo(
             operands to TF32, which turns the bases by large angles.
 
     Returns:
-        A transformation whose updates have the shapes and dtypes of the inner one's. It
+        A transformation whose updates have the shapes and dtypes of its input. It
         returns a direction: positive sign, no learning rate, no decay. With `"kl"` its
         root mean square is near that of a whitened gradient, 1.
 
@@ -281,7 +285,7 @@ def kl_shampoo(
         views = matrix_views(updates, routing, "kl_shampoo")
         results, pairs, groups = [], [], 0
         for index, pair in enumerate(_pairs(treedef, state)):
-            view, dtype = views[index], directions[index].dtype
+            view, dtype = views[index], leaves[index].dtype
             gradient = view.to_stack(leaves[index]).astype(jnp.float32)
             direction = view.to_stack(directions[index]).astype(jnp.float32)
             if statistics == "kl":

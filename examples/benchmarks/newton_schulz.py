@@ -1,0 +1,199 @@
+"""How fast and how right is each way to orthogonalise, against an SVD?
+
+    python examples/benchmarks/newton_schulz.py
+
+Times are of a stack of matrices, as a step has them, next to plain products of the same
+shapes. Two errors per input: the distance from the same polynomial applied to singular
+values in float64 (rounding), and how far the singular values that matter are from 1
+(the method). Inputs: a random matrix, one with condition number 1e4, one of rank 16,
+and one of size 1e-30.
+"""
+
+from typing import Any
+
+import _measure as measure
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fusionopt_jax import _linalg
+
+SHAPES = ((384, 384), (384, 1152), (384, 1536), (384, 2304))
+GPU_SHAPES = (*SHAPES, (768, 3072), (1152, 1152), (1152, 4608), (1152, 6912))
+EPS = 1e-38
+
+
+def variants(backend: str) -> dict[str, dict[str, Any]]:
+    """Settings by name; half precision where the hardware multiplies it."""
+    polar = {"coefficients": "polar_express", "steps": 5}
+    quintic = {"coefficients": "quintic", "steps": 5}
+    found = {
+        "quintic plain fp32": {**quintic, "method": "plain", "hot_dtype": "fp32"},
+        "quintic gram fp32": {**quintic, "method": "gram", "hot_dtype": "fp32"},
+        "polar_express plain fp32": {**polar, "method": "plain", "hot_dtype": "fp32"},
+        "polar_express gram fp32": {**polar, "method": "gram", "hot_dtype": "fp32"},
+        "AOL, 4 steps, fp32": {
+            "coefficients": "polar_express",
+            "steps": 4,
+            "method": "auto",
+            "hot_dtype": "fp32",
+            "preconditioner": "aol",
+        },
+        "polar_express gram fp16": {**polar, "method": "gram", "hot_dtype": "fp16"},
+        "polar_express gram bf16": {**polar, "method": "gram", "hot_dtype": "bf16"},
+    }
+    if backend != "cpu":
+        for dtype in ("fp16", "bf16"):
+            found[f"polar_express plain {dtype}"] = {
+                **polar,
+                "method": "plain",
+                "hot_dtype": dtype,
+            }
+    return found
+
+
+def orthogonaliser(settings: dict[str, Any]) -> Any:
+    """A function of a stack."""
+    settings = dict(settings)
+    coefficients = settings.pop("coefficients")
+    table = _linalg.coefficient_table(coefficients, settings.pop("steps"))
+    safety = _linalg.safety_factor(coefficients)
+    looped = jax.default_backend() == "cpu"
+
+    def orthogonalise(stack: jax.Array) -> jax.Array:
+        call = lambda part: _linalg.newton_schulz(  # noqa: E731
+            part, table, eps=EPS, safety=safety, **settings
+        )
+        if looped:
+            return jax.lax.map(lambda matrix: call(matrix[None])[0], stack)
+        return call(stack)
+
+    return orthogonalise
+
+
+def inputs(m: int, n: int) -> dict[str, np.ndarray]:
+    """Matrices that are easy, hard, singular and tiny."""
+    random = np.random.default_rng(0)
+    dense = random.standard_normal((m, n))
+    left, _, right = np.linalg.svd(dense, full_matrices=False)
+    with_values = lambda values: (left * values) @ right  # noqa: E731
+    return {
+        "random": dense,
+        "condition 1e4": with_values(np.logspace(0, -4, m)),
+        "rank 16": with_values((np.arange(m) < 16).astype(float)),
+        "size 1e-30": 1e-30 * dense,
+    }
+
+
+def errors(orthogonalise: Any, settings: dict[str, Any], matrix: np.ndarray) -> Any:
+    """Rounding error, and the largest distance of a non-zero singular value from 1."""
+    stack = jnp.asarray(matrix, jnp.float32)[None]
+    result = np.asarray(jax.jit(orthogonalise)(stack)[0], np.float64)
+    # Of what fp32 holds, not of the float64 matrix it was rounded from.
+    left, values, right = np.linalg.svd(
+        np.asarray(stack[0], np.float64), full_matrices=False
+    )
+    kept = values > 1e-5 * values[0]
+    rounding = None
+    if settings.get("preconditioner") != "aol":
+        coefficients = settings["coefficients"]
+        scaled = values / np.linalg.norm(values) / _linalg.safety_factor(coefficients)
+        table = _linalg.coefficient_table(coefficients, settings["steps"])
+        for a, b, c in table:
+            scaled = a * scaled + b * scaled**3 + c * scaled**5
+        exact = (left * np.where(kept, scaled, 0)) @ right
+        rounding = float(np.linalg.norm(result - exact) / np.linalg.norm(exact))
+    found = np.linalg.svd(result, compute_uv=False)
+    return rounding, float(found[0]), float(found[kept].min())
+
+
+def main() -> None:
+    """Measures, prints, writes."""
+    arguments = measure.parser(__doc__)
+    arguments.add_argument("--count", type=int, default=12, help="matrices in a stack")
+    arguments.add_argument("--no-times", action="store_true", help="errors only")
+    options = arguments.parse_args()
+    backend = jax.default_backend()
+    shapes = SHAPES if backend == "cpu" else GPU_SHAPES
+    chosen = variants(backend)
+    result: dict[str, Any] = {"environment": measure.environment(), "rows": []}
+
+    accuracy = []
+    for name, settings in chosen.items():
+        for kind, matrix in inputs(384, 1152).items():
+            rounding, largest, smallest = errors(
+                orthogonaliser(settings), settings, matrix
+            )
+            accuracy.append(
+                {
+                    "variant": name,
+                    "input": kind,
+                    "rounding error": rounding,
+                    "largest value": largest,
+                    "smallest value": smallest,
+                }
+            )
+    result["accuracy"] = accuracy
+    measure.print_table(accuracy)
+
+    if not options.no_times:
+        result["rows"] = time_all(chosen, shapes, options)
+        measure.print_table(result["rows"])
+        largest = f"{shapes[-1][0]} x {shapes[-1][1]}"
+        measure.bar_plot(
+            options.out,
+            "newton_schulz",
+            f"{options.count} matrices of {largest}, {result['environment']['device']}",
+            "milliseconds",
+            {
+                row["variant"]: (row["ms"], row["low ms"], row["high ms"])
+                for row in result["rows"]
+                if row["shape"] == largest
+            },
+        )
+    measure.save(options.out, "newton_schulz", result)
+
+
+def time_all(
+    chosen: dict[str, dict[str, Any]], shapes: Any, options: Any
+) -> list[dict[str, Any]]:
+    """One row for each variant and shape, beside the plain product of that round."""
+    rows = []
+    for m, n in shapes:
+        stack = jax.random.normal(jax.random.key(0), (options.count, m, n))
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        product, flops = measure.plain_products(m, n, options.count, dtype)
+        runs: dict[str, Any] = {"plain product": product}
+        for name, settings in chosen.items():
+            call = jax.jit(orthogonaliser(settings))
+            runs[name] = lambda call=call, stack=stack: call(stack)
+        times = measure.interleave(runs, options.rounds)
+        rate = flops / times["plain product"].median
+        for name, settings in chosen.items():
+            table = _linalg.coefficient_table(
+                settings["coefficients"], settings["steps"]
+            )
+            dtype_name = settings["hot_dtype"]
+            method = settings["method"]
+            if method == "auto":
+                method = _linalg.cheaper_method(m, n, table, dtype_name)
+            work = options.count * _linalg.newton_schulz_flops(
+                m, n, table, method, dtype_name
+            )
+            time = times[name]
+            rows.append(
+                {
+                    "shape": f"{m} x {n}",
+                    "variant": name,
+                    "ms": 1e3 * time.median,
+                    "low ms": 1e3 * time.low,
+                    "high ms": 1e3 * time.high,
+                    "GFLOP/s": work / time.median / 1e9,
+                    "of plain product %": 100 * work / time.median / rate,
+                }
+            )
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -8,13 +8,13 @@ looked at while a function is traced; such values pass unchecked.
 import difflib
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 from jaxtyping import Array
 
 
-def is_concrete_number(value: object) -> bool:
+def is_concrete_number(value: object) -> TypeGuard[int | float]:
     """Whether `value` is a plain number that can be compared at build time."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 

@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from fusionopt_jax._types import Number
+
 HotDtype: TypeAlias = Literal["auto", "fp32", "bf16", "fp16", "fp16_safe"]
 Method: TypeAlias = Literal["auto", "plain", "gram"]
 Preconditioner: TypeAlias = Literal["frobenius", "aol"]
@@ -138,7 +140,7 @@ def newton_schulz(
     G: Float[Array, "*batch m n"],
     table: CoefficientTable,
     *,
-    eps: float = 1e-7,
+    eps: Number = 1e-7,
     safety: float = 1.0,
     preconditioner: Preconditioner = "frobenius",
     method: Method = "auto",
@@ -170,7 +172,8 @@ def newton_schulz(
     storage = jnp.dtype(jnp.float32) if hot_dtype == "fp16_safe" else operand
 
     X = G.astype(jnp.float32)
-    X = X / (frobenius_norm(X) * safety + eps)
+    norm = frobenius_norm(X) * safety + eps
+    X = X / jnp.where(norm > 0, norm, 1)
     if preconditioner == "aol":
         X = _aol_scale(X) / safety
     X = X.astype(storage)

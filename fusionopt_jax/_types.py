@@ -24,6 +24,9 @@ Matrices: TypeAlias = Float[Array, "*batch m n"]
 KeyPath: TypeAlias = tuple[Any, ...]
 """A path of keys as `jax.tree_util` gives it."""
 
+Number: TypeAlias = float | int | jax.Array
+"""A setting; an array where `optax.inject_hyperparams` keeps it in the state."""
+
 ScalarOrSchedule: TypeAlias = float | int | jax.Array | Callable[..., Any]
 """A number, or a function from the step count (from 0) to a number."""
 
@@ -34,6 +37,7 @@ __all__ = [
     "Int",
     "KeyPath",
     "Matrices",
+    "Number",
     "Params",
     "PyTree",
     "Scalar",

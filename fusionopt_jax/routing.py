@@ -78,8 +78,8 @@ class MatrixAxes:
         >>> conv = MatrixAxes(reduction_axis=(0, 1, 2), output_axis=3)
     """
 
-    reduction_axis: int | tuple[int, ...] | None = None
-    output_axis: int | tuple[int, ...] | None = None
+    reduction_axis: Axes | None = None
+    output_axis: Axes | None = None
     chunks: int = 1
     chunk_axis: Literal["input", "output"] = "output"
 

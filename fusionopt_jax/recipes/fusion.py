@@ -17,7 +17,7 @@ from fusionopt_jax._checks import (
 )
 from fusionopt_jax._linalg import HotDtype
 from fusionopt_jax._optax import in_float32, keeping_dtype
-from fusionopt_jax._types import ScalarOrSchedule
+from fusionopt_jax._types import Number, ScalarOrSchedule
 from fusionopt_jax.routing import SCALAR, SPECTRAL, Routing
 from fusionopt_jax.transforms.gain import measure_gain
 from fusionopt_jax.transforms.kl_shampoo import kl_shampoo
@@ -38,27 +38,27 @@ def fusion_opt(
     components: Iterable[str] = ("ns5", "normuon", "sf"),
     routing: Routing | None = None,
     scalar_learning_rate: ScalarOrSchedule | None = None,
-    weight_decay: float = 0.05,
-    scalar_weight_decay: float = 0.0,
-    warmup_steps: int = 0,
-    momentum: float = 0.8,
+    weight_decay: Number = 0.05,
+    scalar_weight_decay: Number = 0.0,
+    warmup_steps: int | jax.Array = 0,
+    momentum: Number = 0.8,
     nesterov: bool = False,
-    mona_alpha: float = 0.2,
-    mona_beta: float = 0.9,
-    shampoo_b2: float = 0.98,
-    shampoo_update_every: int = 10,
+    mona_alpha: Number = 0.2,
+    mona_beta: Number = 0.9,
+    shampoo_b2: Number = 0.98,
+    shampoo_update_every: int | jax.Array = 10,
     coefficients: str | Sequence[Sequence[float]] = "polar_express",
     steps: int | None = None,
     hot_dtype: HotDtype = "auto",
     scale: Scale = "rms",
-    audit_every: int | None = None,
-    normuon_beta2: float = 0.95,
-    b1: float = 0.6,
-    r: float = 2.0,
-    weight_lr_power: float = 2.0,
-    adam_b1: float = 0.9,
-    adam_b2: float = 0.99,
-    adam_eps: float = 1e-8,
+    audit_every: int | jax.Array | None = None,
+    normuon_beta2: Number = 0.95,
+    b1: Number = 0.6,
+    r: Number = 2.0,
+    weight_lr_power: Number = 2.0,
+    adam_b1: Number = 0.9,
+    adam_b2: Number = 0.99,
+    adam_eps: Number = 1e-8,
     polyak_rule: PolyakRule | None = "ratio",
     gains: bool = False,
 ) -> optax.GradientTransformationExtraArgs:

@@ -24,6 +24,7 @@ from fusionopt_jax._types import (
     Array,
     Count,
     Float,
+    Number,
     Params,
     Scalar,
     ScalarOrSchedule,
@@ -60,27 +61,27 @@ class RowScaleState(NamedTuple):
 def fusion_opt_torch(
     lr: ScalarOrSchedule = 3e-4,
     *,
-    beta: float = 0.9,
-    beta_p: float = 0.98,
-    gamma_min: float = 0.1,
-    gamma_max: float = 10.0,
-    mu: float = 0.95,
-    mona_alpha: float = 0.2,
-    beta_n: float = 0.9,
-    beta_k: float = 0.99,
-    eigen_period: int = 100,
-    shampoo_delta: float = 1e-4,
-    beta_r: float = 0.95,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
-    eps: float = 1e-8,
+    beta: Number = 0.9,
+    beta_p: Number = 0.98,
+    gamma_min: Number = 0.1,
+    gamma_max: Number = 10.0,
+    mu: Number = 0.95,
+    mona_alpha: Number = 0.2,
+    beta_n: Number = 0.9,
+    beta_k: Number = 0.99,
+    eigen_period: int | jax.Array = 100,
+    shampoo_delta: Number = 1e-4,
+    beta_r: Number = 0.95,
+    beta1: Number = 0.9,
+    beta2: Number = 0.999,
+    eps: Number = 1e-8,
     hot_dtype: TorchHotDtype = "fp32",
-    warmup_steps: int = 0,
+    warmup_steps: int | jax.Array = 0,
     components: Iterable[str] | None = None,
     spectral_lr: ScalarOrSchedule | None = None,
     scalar_lr: ScalarOrSchedule | None = None,
-    spectral_wd: float = 0.01,
-    scalar_wd: float = 0.0,
+    spectral_wd: Number = 0.01,
+    scalar_wd: Number = 0.0,
     min_spectral_dim: int = 128,
     force_scalar: Sequence[str] = (),
     routing: Routing | None = None,
@@ -261,7 +262,7 @@ def fusion_opt_torch(
 
 
 def _adam(
-    beta1: float, beta2: float, eps: float
+    beta1: Number, beta2: Number, eps: Number
 ) -> optax.GradientTransformationExtraArgs:
     """Adam's direction, its bias corrections to the last digit.
 
@@ -302,7 +303,7 @@ def _adam(
     return transformation(init_fn, update_fn)
 
 
-def _one_minus_power(decay: float, count: Count) -> Scalar:
+def _one_minus_power(decay: Number, count: Count) -> Scalar:
     """1 - decay^count without cancellation."""
     if is_concrete_number(decay):
         log = math.log(decay) if decay > 0 else -math.inf
@@ -311,7 +312,7 @@ def _one_minus_power(decay: float, count: Count) -> Scalar:
     return -jnp.expm1(count.astype(jnp.float32) * log)
 
 
-def _unit_rows(decay: float, routing: Routing) -> optax.GradientTransformationExtraArgs:
+def _unit_rows(decay: Number, routing: Routing) -> optax.GradientTransformationExtraArgs:
     """Divides neurons by the root of an average of their sums of squares."""
 
     def init_fn(params: Params) -> RowScaleState:

@@ -20,7 +20,7 @@ import optax
 
 from fusionopt_jax._checks import check_decay_rate, check_number
 from fusionopt_jax._optax import transformation
-from fusionopt_jax._types import Array, Params
+from fusionopt_jax._types import Array, Number, Params
 
 
 class MONAState(NamedTuple):
@@ -35,7 +35,7 @@ class MONAState(NamedTuple):
 
 
 def mona(
-    *, alpha: float = 0.2, beta: float = 0.9, weighted: bool = False
+    *, alpha: Number = 0.2, beta: Number = 0.9, weighted: bool = False
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adds an average of gradient differences to the gradient, before the momentum.
 

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import optax
 
 from fusionopt_jax._checks import check_decay_rate, check_non_negative
-from fusionopt_jax._linalg import frobenius_norm
-from fusionopt_jax._matrices import MatrixView
+from fusionopt_jax._matrices import MatrixView, map_matrices
 from fusionopt_jax._optax import transformation
-from fusionopt_jax._types import Array, Float, Params
+from fusionopt_jax._types import Array, Float, Number, Params
 from fusionopt_jax.routing import Routing, matrix_views
 
 
@@ -33,8 +32,8 @@ class NorMuonState(NamedTuple):
 
 def normuon(
     *,
-    beta2: float = 0.95,
-    eps: float = 1e-10,
+    beta2: Number = 0.95,
+    eps: Number = 1e-10,
     restore_norm: bool = True,
     routing: Routing | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -91,13 +90,17 @@ def normuon(
         update: Array, moment: Float[Array, "b out"], view: MatrixView
     ) -> tuple[Array, Float[Array, "b out"]]:
         """One leaf's update and its new second moment."""
-        O = view.to_stack(update).astype(jnp.float32)  # noqa: E741
-        v = beta2 * moment + (1 - beta2) * jnp.mean(O * O, axis=1)
-        root = jnp.sqrt(v)[:, None, :] + eps
-        U = O / jnp.where(root > 0, root, 1)
+        O = view.to_stack(update)  # noqa: E741
+        square = map_matrices(_mean_square, O)
+        v = beta2 * moment + (1 - beta2) * square
+        root = jnp.sqrt(v) + eps
+        factor = 1 / jnp.where(root > 0, root, 1)
         if restore_norm:
-            norm = frobenius_norm(U)
-            U = U * (frobenius_norm(O) / jnp.where(norm > 0, norm, 1))
+            # Both norms follow from the mean squares: one pass over the matrices.
+            before = jnp.sum(square, axis=1, keepdims=True)
+            after = jnp.sum(square * factor**2, axis=1, keepdims=True)
+            factor *= jnp.sqrt(before / jnp.where(after > 0, after, 1))
+        U = O.astype(jnp.float32) * factor[:, None, :]
         return view.from_stack(U.astype(update.dtype)), v
 
     def update_fn(
@@ -117,3 +120,9 @@ def normuon(
         )
 
     return transformation(init_fn, update_fn)
+
+
+def _mean_square(stack: Array) -> Float[Array, "b out"]:
+    """Each output neuron's mean square, in fp32."""
+    O = stack.astype(jnp.float32)  # noqa: E741
+    return jnp.mean(O * O, axis=1)

@@ -41,7 +41,7 @@ from fusionopt_jax._matrices import (
     map_stacks,
 )
 from fusionopt_jax._optax import transformation
-from fusionopt_jax._types import Array, Count, Scalar
+from fusionopt_jax._types import Array, Count, Number, Scalar
 from fusionopt_jax.routing import Routing, matrix_views
 
 Scale: TypeAlias = Literal["aspect", "rms"] | None
@@ -75,9 +75,9 @@ def ns5(
     method: Method = "auto",
     hot_dtype: HotDtype = "auto",
     scale: Scale = None,
-    eps: float = 1e-7,
+    eps: Number = 1e-7,
     bucketing: Bucketing = "auto",
-    audit_every: int | None = None,
+    audit_every: int | jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces every matrix by one with the same singular vectors and values near 1.
 

@@ -23,7 +23,7 @@ from fusionopt_jax._checks import (
     is_concrete_number,
 )
 from fusionopt_jax._optax import TransformLike, accepting_extra_args, transformation
-from fusionopt_jax._types import Array, Count, Params, Scalar
+from fusionopt_jax._types import Array, Count, Number, Params, Scalar
 from fusionopt_jax.iterates import fast_iterate, schedule_free_states
 
 PolyakRule: TypeAlias = Literal["ratio", "schedule_free_plus"]
@@ -57,10 +57,10 @@ def polyak(
     *,
     rule: PolyakRule = "ratio",
     norm: GradientNorm = "l2",
-    decay: float | None = None,
-    min_ratio: float = 0.1,
-    max_ratio: float = 10.0,
-    f_min: float = 0.0,
+    decay: Number | None = None,
+    min_ratio: Number = 0.1,
+    max_ratio: Number = 10.0,
+    f_min: Number = 0.0,
     missing_value: Literal["error", "unit"] = "error",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies the learning rate of everything inside by one shared factor.

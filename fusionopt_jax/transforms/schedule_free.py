@@ -22,7 +22,7 @@ from fusionopt_jax._checks import (
     check_rate_or_schedule,
 )
 from fusionopt_jax._optax import TransformLike, accepting_extra_args, transformation
-from fusionopt_jax._types import Array, Count, Params, Scalar, ScalarOrSchedule
+from fusionopt_jax._types import Array, Count, Number, Params, Scalar, ScalarOrSchedule
 from fusionopt_jax.iterates import ScheduleFreeState, average_of
 
 InnerParams: TypeAlias = Literal["fast", "gradient", "average"]
@@ -34,12 +34,12 @@ def schedule_free(
     inner: TransformLike,
     learning_rate: ScalarOrSchedule,
     *,
-    b1: float = 0.9,
-    b1_max: float | None = None,
-    b1_anneal_steps: int = 0,
-    weight_lr_power: float = 2.0,
-    r: float = 0.0,
-    averaging_warmup: int = 0,
+    b1: Number = 0.9,
+    b1_max: Number | None = None,
+    b1_anneal_steps: int | jax.Array = 0,
+    weight_lr_power: Number = 2.0,
+    r: Number = 0.0,
+    averaging_warmup: int | jax.Array = 0,
     inner_params: InnerParams = "fast",
     state_dtype: Any = jnp.float32,
     keep_average: bool | None = None,

@@ -21,7 +21,7 @@ from fusionopt_jax._checks import (
 )
 from fusionopt_jax._matrices import MatrixView
 from fusionopt_jax._optax import TransformLike, accepting_extra_args, transformation
-from fusionopt_jax._types import Array, Count, Params, Scalar
+from fusionopt_jax._types import Array, Count, Number, Params, Scalar
 from fusionopt_jax.routing import Routing, matrix_views
 
 Unit: TypeAlias = Literal["neuron", "entry"]
@@ -52,9 +52,9 @@ class SNRGateState(NamedTuple):
 def snr_gate(
     inner: TransformLike,
     *,
-    decay: float = 0.9,
-    floor: float = 0.0,
-    power: float = 1.0,
+    decay: Number = 0.9,
+    floor: Number = 0.0,
+    power: Number = 1.0,
     unit: Unit = "neuron",
     routing: Routing | None = None,
 ) -> optax.GradientTransformationExtraArgs:

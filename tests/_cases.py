@@ -6,6 +6,7 @@ whole contract by one line here. Shapes are tiny and compiled steps are shared.
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -180,6 +181,11 @@ ALL = (
 )
 
 
+def named(name: str) -> Case:
+    """The case of that name."""
+    return next(case for case in ALL if case.name == name)
+
+
 def parameters(dtype: Any = jnp.float32, *, matrices: bool = False) -> dict[str, Any]:
     """Stacked and single matrices, and unless told otherwise, vectors beside them."""
     rng = np.random.default_rng(1)
@@ -256,3 +262,15 @@ def is_finite(tree: Any) -> bool:
         bool(jnp.all(jnp.isfinite(leaf.astype(jnp.float32))))
         for leaf in jax.tree.leaves(tree)
     )
+
+
+def unchecked(factory: Any, *args: Any, **kwargs: Any) -> Any:
+    """A function or class called without the checks that tests add to annotations.
+
+    What is wrong in a call then meets the library's own error, as it does for users.
+    """
+    if not inspect.isclass(factory):
+        return inspect.unwrap(factory)(*args, **kwargs)
+    made = object.__new__(factory)
+    inspect.unwrap(factory.__init__)(made, *args, **kwargs)
+    return made

@@ -1,0 +1,201 @@
+"""Newton-Schulz against singular value decompositions, in every form and dtype."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fusionopt_jax import _linalg
+from tests import _compare
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+SHAPES = [(8, 8), (8, 12), (8, 40), (1, 8)]
+
+
+@functools.cache
+def compiled(coefficients="quintic", steps=5, **settings):
+    table = _linalg.coefficient_table(coefficients, steps)
+    safety = _linalg.safety_factor(coefficients)
+    return jax.jit(lambda G: _linalg.newton_schulz(G, table, safety=safety, **settings))
+
+
+def orthogonalize(matrix, **settings):
+    return np.asarray(
+        compiled(**settings)(jnp.asarray(matrix, jnp.float32)), np.float64
+    )
+
+
+def with_values(values, shape, seed=0):
+    """A matrix of given singular values, and its singular vectors."""
+    rng = np.random.default_rng(seed)
+    left, _, right = np.linalg.svd(rng.normal(size=shape), full_matrices=False)
+    return (left * np.asarray(values)) @ right, left, right
+
+
+def on_values(values, rows, safety=1.0, eps=1e-7):
+    """What the polynomial makes of singular values, in float64."""
+    values = np.asarray(values, np.float64)
+    values = values / (safety * np.linalg.norm(values) + eps)
+    for a, b, c in rows:
+        values = a * values + b * values**3 + c * values**5
+    return values
+
+
+# Rounding of the five steps, each of which may triple an error, by hot_dtype: 2^-24,
+# 2^-8 and 2^-11, and the singular values below them.
+HALF = {"fp32": 5e-5, "bf16": 0.15, "fp16": 0.02, "fp16_safe": 0.02}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("method", ["plain", "gram"])
+@pytest.mark.parametrize("coefficients", ["quintic", "polar_express"])
+def test_singular_values_follow_the_polynomial(shape, method, coefficients):
+    values = np.geomspace(1.0, 0.05, shape[0])
+    matrix, left, right = with_values(values, shape)
+    rows = _linalg.coefficient_table(coefficients, 5)
+    expected = on_values(values, rows, _linalg.safety_factor(coefficients))
+    actual = orthogonalize(matrix, coefficients=coefficients, method=method)
+    _compare.assert_within(actual, (left * expected) @ right, HALF["fp32"])
+
+
+ILL_POSED = {
+    "ill-conditioned": np.geomspace(1.0, 1e-6, 8),
+    "low rank": np.array([1.0, 0.7, 0.5, 0, 0, 0, 0, 0]),
+    "rank one": np.array([1.0, 0, 0, 0, 0, 0, 0, 0]),
+    "near zero": 1e-15 * np.linspace(1.0, 0.2, 8),
+    "huge": 1e15 * np.linspace(1.0, 0.2, 8),
+}
+
+
+@pytest.mark.parametrize("hot_dtype", list(HALF))
+@pytest.mark.parametrize("method", ["plain", "gram"])
+@pytest.mark.parametrize("kind", ILL_POSED)
+def test_ill_posed_input_in_half_precision(hot_dtype, method, kind):
+    values = ILL_POSED[kind]
+    matrix, _, _ = with_values(values, (8, 12))
+    settings = {"hot_dtype": hot_dtype, "method": method, "eps": 0.0}
+    out = orthogonalize(matrix, **settings)
+    assert np.isfinite(out).all()
+    actual = np.linalg.svd(out, compute_uv=False)
+    # The polynomial overshoots 1 by at most a fifth, in any precision.
+    assert actual.max() < 1.21 + HALF[hot_dtype]
+    # Singular values well above the rounding are known to be brought near 1.
+    known = values / np.linalg.norm(values) > 0.02
+    expected = on_values(values, [(3.4445, -4.7750, 2.0315)] * 5, eps=0.0)[known]
+    assert len(expected) > 0
+    # Each known value has its image among the actual ones.
+    nearest = np.abs(expected[:, None] - actual[None, :]).min(axis=1)
+    assert nearest.max() < HALF[hot_dtype], expected
+
+
+def test_gram_is_plain_in_float32():
+    rng = np.random.default_rng(3)
+    for steps in (1, 2, 3, 5, 7):
+        matrix = rng.normal(size=(2, 8, 12))
+        plain = orthogonalize(matrix, steps=steps, method="plain")
+        gram = orthogonalize(matrix, steps=steps, method="gram")
+        # Other products in another order; later steps amplify their rounding.
+        _compare.assert_within(gram, plain, 5e-5)
+
+
+@pytest.mark.parametrize("hot_dtype", list(HALF))
+def test_zero_stays_zero(hot_dtype):
+    for settings in ({}, {"preconditioner": "aol"}, {"method": "gram"}):
+        out = orthogonalize(np.zeros((2, 4, 6)), hot_dtype=hot_dtype, **settings)
+        np.testing.assert_array_equal(out, 0)
+
+
+def test_a_zero_matrix_beside_others_changes_nothing():
+    rng = np.random.default_rng(4)
+    matrix = rng.normal(size=(4, 6))
+    pair = orthogonalize(np.stack([matrix, np.zeros((4, 6))]))
+    np.testing.assert_array_equal(pair[1], 0)
+    _compare.assert_within(pair[0], orthogonalize(matrix[None])[0], 2e-6)
+
+
+def test_aol_scales_below_one_and_does_in_four_steps_what_takes_five():
+    rng = np.random.default_rng(5)
+    for shape in SHAPES:
+        X = rng.normal(size=shape)
+        X /= np.linalg.norm(X)
+        scaled = np.asarray(_linalg._aol_scale(jnp.asarray(X, jnp.float32)))
+        # Almost-orthogonal rows: no singular value above 1, none below the norm's.
+        assert np.linalg.norm(scaled, 2) <= 1 + 1e-6
+        assert np.linalg.norm(scaled, 2) >= np.linalg.norm(X, 2)
+    matrix, left, right = with_values(np.linspace(1.0, 0.3, 8), (8, 40))
+    polar = left @ right
+    error = lambda **settings: np.linalg.norm(  # noqa: E731
+        orthogonalize(matrix, coefficients="polar_express", **settings) - polar
+    )
+    assert error(steps=4, preconditioner="aol") < error(steps=4)
+
+
+def test_the_norm_is_safe_in_every_range():
+    # In fp16 the sum of 600 squares of 1e4 or of 1e-4 leaves the range.
+    for size in (1e4, 1e-4):
+        G = jnp.full((2, 20, 30), size, jnp.float16)
+        norm = np.asarray(_linalg.frobenius_norm(G), np.float64)
+        expected = float(G[0, 0, 0]) * np.sqrt(600)
+        np.testing.assert_allclose(norm, expected, rtol=1e-5)
+
+
+def flops_of_dots(jaxpr):
+    """Two times the products of every matrix product that a program runs."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contract, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            inner = int(np.prod([left[axis] for axis in contract]))
+            total += 2 * int(np.prod(equation.outvars[0].aval.shape)) * inner
+        for value in equation.params.values():
+            inside = getattr(value, "jaxpr", None)
+            if inside is not None:
+                total += equation.params.get("length", 1) * flops_of_dots(inside)
+    return total
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (4, 6), (4, 32)])
+@pytest.mark.parametrize("method", ["plain", "gram"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 6])
+def test_flops_are_those_of_the_program(shape, method, steps):
+    table = _linalg.coefficient_table("quintic", steps)
+    program = jax.make_jaxpr(lambda G: _linalg.newton_schulz(G, table, method=method))(
+        jnp.ones((1, *shape))
+    )
+    counted = flops_of_dots(program.jaxpr)
+    assert counted == _linalg.newton_schulz_flops(*shape, table, method)
+
+
+def test_auto_takes_the_cheaper_form():
+    table = _linalg.coefficient_table("quintic", 5)
+    for n, hot_dtype in itertools.product((8, 10, 16, 64), HALF):
+        costs = {
+            method: _linalg.newton_schulz_flops(8, n, table, method, hot_dtype)
+            for method in ("plain", "gram")
+        }
+        cheaper = _linalg.cheaper_method(8, n, table, hot_dtype)
+        assert costs[cheaper] == min(costs.values())
+    assert _linalg.cheaper_method(128, 128, table) == "plain"
+    assert _linalg.cheaper_method(128, 512, table) == "gram"
+
+
+def test_tables_are_cut_and_repeated():
+    rows = ((1.0, 2.0, 3.0), (4.0, 5.0, 6.0))
+    assert _linalg.coefficient_table(rows, 1) == rows[:1]
+    assert _linalg.coefficient_table(rows, 4) == (*rows, rows[1], rows[1])
+    assert len(_linalg.coefficient_table("polar_express", 3)) == 3
+    assert len(set(_linalg.coefficient_table("quintic", 5))) == 1
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype"), [("cpu", "fp32"), ("gpu", "fp16"), ("tpu", "bf16")]
+)
+def test_the_backend_chooses_the_dtype(platform, dtype, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    assert _linalg.resolve_hot_dtype("auto") == dtype
+    assert _linalg.resolve_hot_dtype("bf16") == "bf16"

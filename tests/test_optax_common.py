@@ -1,0 +1,309 @@
+"""What Optax asks of every contributed optimiser, asked of ours.
+
+Unknown extra arguments, one compile, `MultiSteps` and updates in the parameters' dtypes
+are in `test_contract.py`, which goes through the same list.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fusionopt_jax as fo
+from fusionopt_jax import iterates
+from tests import _cases, _compare
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+every_case = pytest.mark.parametrize("case", _cases.ALL, ids=str)
+
+STEPS = 2000
+ROUTING = fo.Routing(min_dim=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A function with one known minimum of value zero."""
+
+    first: dict[str, Any]
+    best: dict[str, Any]
+    loss: Callable[[Any], Any]
+
+
+def distance_to(best):
+    """The sum of squares of the differences to a tree."""
+    return lambda params: sum(
+        jnp.sum((params[name] - jnp.asarray(best[name])) ** 2) for name in best
+    )
+
+
+def parabola_from(first, best):
+    return Target(first, best, distance_to(best))
+
+
+TARGETS = {
+    "parabola": parabola_from({"x": [-1.0, 10.0, 1.0]}, {"x": [1.0, -1.0, 1.0]}),
+    "rosenbrock": Target(
+        {"x": [0.0, 0.0]},
+        {"x": [1.0, 1.0]},
+        lambda p: (1 - p["x"][0]) ** 2 + 100 * (p["x"][1] - p["x"][0] ** 2) ** 2,
+    ),
+    "matrix": parabola_from(
+        {"w": [[0.0, 0.0], [0.0, 0.0]]}, {"w": [[3.0, -2.0], [1.0, 4.0]]}
+    ),
+    "mixed": parabola_from(
+        {"x": [0.0, 0.0, 0.0], "w": [[0.0, 0.0], [0.0, 0.0]]},
+        {"x": [1.0, -1.0, 2.0], "w": [[1.0, 0.0], [-1.0, 1.0]]},
+    ),
+}
+
+
+def falling(rate):
+    """A learning rate that ends at zero, so that a fixed step size can settle."""
+    return optax.linear_schedule(rate, 0.0, STEPS)
+
+
+def adam(b1=0.9):
+    return optax.scale_by_adam(b1=b1, b2=0.99)
+
+
+def descending(direction, rate):
+    return optax.chain(direction, optax.scale_by_learning_rate(falling(rate)))
+
+
+def on_matrices(direction, rate):
+    """A direction for the matrices; Adam for the rest."""
+    return optax.multi_transform(
+        {"spectral": descending(direction, rate), "scalar": descending(adam(), 0.1)},
+        ROUTING.labels,
+    )
+
+
+OPTIMIZERS = {
+    "ns5": lambda: on_matrices(fo.ns5(), 0.02),
+    "normuon": lambda: on_matrices(optax.chain(fo.ns5(), fo.normuon()), 0.02),
+    "kl_shampoo": lambda: on_matrices(fo.kl_shampoo(optax.trace(0.5)), 0.02),
+    "snr_gate": lambda: on_matrices(fo.snr_gate(fo.ns5()), 0.05),
+    "hyperball": lambda: optax.multi_transform(
+        {
+            # From a start at zero it takes plain steps.
+            "spectral": fo.hyperball(optax.identity(), falling(0.1)),
+            "scalar": descending(adam(), 0.1),
+        },
+        ROUTING.labels,
+    ),
+    "mona": lambda: descending(optax.chain(fo.mona(), adam()), 0.1),
+    "cautious": lambda: descending(fo.cautious(adam()), 0.1),
+    "cautious_weight_decay": lambda: descending(
+        optax.chain(adam(), fo.add_cautious_decayed_weights(1e-4)), 0.1
+    ),
+    "measure_gain": lambda: descending(fo.measure_gain("adam", adam()), 0.1),
+    "accumulate": lambda: fo.accumulate(descending(adam(), 0.2), every=2),
+    "schedule_free": lambda: fo.schedule_free(adam(0.0), 0.05, r=4.0),
+    "polyak": lambda: fo.polyak(descending(adam(), 0.1), decay=0.9),
+    "polyak_schedule_free_plus": lambda: fo.polyak(
+        fo.schedule_free(adam(0.0), 0.3, r=4.0), rule="schedule_free_plus"
+    ),
+    "fusion_opt": lambda: fo.fusion_opt(0.1, routing=ROUTING, weight_decay=0.0),
+    "fusion_opt_muon": lambda: fo.fusion_opt(
+        falling(0.1),
+        routing=ROUTING,
+        components={"ns5"},
+        weight_decay=0.0,
+        polyak_rule=None,
+    ),
+    "fusion_opt_shampoo": lambda: fo.fusion_opt(
+        0.1,
+        routing=ROUTING,
+        components={"ns5", "normuon", "sf", "mona", "shampoo"},
+        weight_decay=0.0,
+    ),
+    "fusion_opt_torch": lambda: fo.fusion_opt_torch(
+        falling(0.1), routing=ROUTING, spectral_wd=0.0
+    ),
+}
+
+
+def minimise(name, targets):
+    """Parameters to deploy after a few thousand steps, for several targets at once."""
+    tx = OPTIMIZERS[name]()
+
+    def run(target):
+        params = jax.tree.map(
+            jnp.asarray, target.first, is_leaf=lambda node: isinstance(node, list)
+        )
+
+        def step(carry, _):
+            params, state = carry
+            loss, grads = jax.value_and_grad(target.loss)(params)
+            updates, state = tx.update(grads, state, params, value=loss)
+            return (optax.apply_updates(params, updates), state), None
+
+        (params, state), _ = jax.lax.scan(step, (params, tx.init(params)), length=STEPS)
+        return (
+            fo.eval_params(state, params)
+            if iterates.schedule_free_states(state)
+            else params
+        )
+
+    return jax.jit(lambda: {key: run(TARGETS[key]) for key in targets})()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_converges_on_four_targets(name):
+    results = minimise(name, TARGETS)
+    for key, params in results.items():
+        for leaf, best in TARGETS[key].best.items():
+            # Optax's own tolerance, absolute and relative.
+            np.testing.assert_allclose(
+                params[leaf], best, rtol=3e-2, atol=3e-2, err_msg=f"{key} {leaf}"
+            )
+
+
+# How a case is built by its factory, for `optax.inject_hyperparams` to call: arguments,
+# and those of them that shape the program.
+INJECTED = {
+    "ns5": (fo.ns5, {"steps": 3, "scale": "rms"}, ("steps",)),
+    "ns5_routed": (fo.ns5, {"routing": _cases.ROUTING, "audit_every": 2}, ()),
+    "normuon": (fo.normuon, {"routing": _cases.ROUTING}, ()),
+    "mona": (fo.mona, {}, ()),
+    "kl_shampoo": (fo.kl_shampoo, {"routing": _cases.ROUTING, "update_every": 2}, ()),
+    "snr_gate": (fo.snr_gate, {"inner": fo.mona(), "routing": _cases.ROUTING}, ()),
+    "cautious_weight_decay": (
+        fo.add_cautious_decayed_weights,
+        {"weight_decay": 0.1},
+        (),
+    ),
+    "hyperball": (
+        fo.hyperball,
+        {"inner": fo.mona(), "learning_rate": 0.1, "routing": _cases.ROUTING},
+        (),
+    ),
+    "accumulate": (fo.accumulate, {"tx": optax.sgd(0.1), "every": 1}, ()),
+    "schedule_free": (
+        fo.schedule_free,
+        {"inner": fo.mona(), "learning_rate": 0.1, "b1_max": 0.95},
+        (),
+    ),
+    "polyak": (fo.polyak, {"inner": optax.sgd(0.1)}, ()),
+    "fusion_opt": (
+        fo.fusion_opt,
+        {"learning_rate": 0.1, "routing": _cases.ROUTING, "steps": 3},
+        ("steps",),
+    ),
+    "fusion_opt_torch": (
+        fo.fusion_opt_torch,
+        {"lr": 0.1, "routing": _cases.ROUTING},
+        ("min_spectral_dim",),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INJECTED)
+def test_injected_hyperparameters_change_nothing(name):
+    case = _cases.named(name)
+    factory, settings, static = INJECTED[name]
+    plain = factory(**settings)
+    injected = optax.inject_hyperparams(factory, static_args=static)(**settings)
+    params, grads, _ = _cases.start(case)
+
+    @jax.jit
+    def both():
+        results = []
+        for tx in (plain, injected):
+            tx = optax.with_extra_args_support(tx)
+            state = tx.init(params)
+            updates, state = tx.update(grads, state, params, value=jnp.asarray(0.7))
+            results.append((updates, getattr(state, "inner_state", state)))
+        return results[0], (results[1][0], results[1][1])
+
+    (updates, _), (injected_updates, _) = both()
+    # Settings rounded to float32, in another program.
+    _compare.assert_trees_within(injected_updates, updates, 1e-5)
+    # What names axes, dtypes or functions stays out of the state.
+    state = jax.eval_shape(injected.init, params)
+    assert all(leaf.shape == () for leaf in jax.tree.leaves(state.hyperparams))
+    for outside in ("routing", "inner", "tx", "components", *static):
+        assert outside not in state.hyperparams
+
+
+def test_an_injected_learning_rate_can_be_a_schedule():
+    schedule = optax.linear_schedule(1.0, 0.0, 4)
+    params, grads = {"w": jnp.zeros(2)}, {"w": jnp.ones(2)}
+    tx = optax.inject_hyperparams(fo.schedule_free)(
+        inner=optax.identity(), learning_rate=schedule, b1=0.0, keep_average=True
+    )
+    state, moved = tx.init(params), []
+    for _ in range(3):
+        updates, state = tx.update(grads, state, params)
+        moved.append(float(updates["w"][0]))
+        params = optax.apply_updates(params, updates)
+    # b1 = 0 trains the fast iterate itself.
+    np.testing.assert_allclose(moved, [-1.0, -0.75, -0.5], rtol=1e-6)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_state_is_stable_under_a_cond(case, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        params = _cases.parameters(jnp.dtype(dtype), matrices=case.matrices)
+        # Built anew, as nothing may be remembered from another precision.
+        tx = case.build(_cases.ROUTING)
+        state = jax.eval_shape(tx.init, params)
+
+        def step(flag, state):
+            return jax.lax.cond(
+                flag,
+                lambda s: tx.update(params, s, params, **_cases.arguments(case)),
+                lambda s: (params, s),
+                state,
+            )
+
+        # The branches agree in every shape, dtype and weak type, or this raises.
+        updates, after = jax.eval_shape(step, jnp.asarray(True), state)
+        described = lambda tree: jax.tree.map(  # noqa: E731
+            lambda leaf: (leaf.shape, leaf.dtype), tree
+        )
+        assert described(after) == described(state)
+        assert described(updates) == described(jax.eval_shape(lambda: params))
+
+
+WITH_A_RATE = {
+    "schedule_free": lambda rate: fo.schedule_free(fo.mona(), rate),
+    "hyperball": lambda rate: fo.hyperball(fo.mona(), rate, routing=_cases.ROUTING),
+    "cautious_weight_decay": fo.add_cautious_decayed_weights,
+    "fusion_opt": lambda rate: fo.fusion_opt(
+        rate, scalar_learning_rate=rate, routing=_cases.ROUTING
+    ),
+    "fusion_opt_muon": lambda rate: fo.fusion_opt(
+        rate, routing=_cases.ROUTING, components={"ns5"}, polyak_rule=None
+    ),
+    "fusion_opt_torch": lambda rate: fo.fusion_opt_torch(
+        rate, scalar_lr=rate, routing=_cases.ROUTING
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WITH_A_RATE)
+def test_a_constant_schedule_is_a_constant(name):
+    case = _cases.named(name)
+    params, grads, _ = _cases.start(case)
+
+    @jax.jit
+    def both():
+        results = []
+        for rate in (0.1, optax.constant_schedule(0.1)):
+            tx = WITH_A_RATE[name](rate)
+            updates, _ = tx.update(
+                grads, tx.init(params), params, **_cases.arguments(case)
+            )
+            results.append(updates)
+        return results
+
+    # The same arithmetic twice in one program.
+    _compare.assert_trees_within(*both(), 1e-6)

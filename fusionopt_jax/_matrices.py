@@ -90,6 +90,15 @@ class MatrixView:
             )
         return self
 
+    def one_layer(self) -> "MatrixView":
+        """How one part of the leaf along its first axis, a batch axis, is a stack."""
+        return dataclasses.replace(
+            self,
+            shape=self.shape[1:],
+            in_axes=tuple(axis - 1 for axis in self.in_axes),
+            out_axes=tuple(axis - 1 for axis in self.out_axes),
+        )
+
     def to_stack(self, leaf: Array) -> Array:
         """The leaf as `(count, in, out)`."""
         order = self.batch_axes + self.in_axes + self.out_axes
@@ -156,9 +165,13 @@ def map_stacks(
     bucketing = resolve_bucketing(bucketing)
     results: list[Array | None] = [None] * len(leaves)
     for members in _buckets(leaves, views, bucketing):
+        if bucketing == "loop" and len(members) == 1:
+            only = members[0]
+            results[only] = _loop(function, leaves[only], views[only])
+            continue
         stacks = [_turned(views[i], views[i].to_stack(leaves[i])) for i in members]
-        joined = stacks[0] if len(stacks) == 1 else jnp.concatenate(stacks)
-        if bucketing == "loop" and joined.shape[0] > 1:
+        joined = jnp.concatenate(stacks)
+        if bucketing == "loop":
             done = jax.lax.map(lambda matrix: function(matrix[None])[0], joined)
         else:
             done = function(joined)
@@ -168,6 +181,27 @@ def map_stacks(
             results[i] = views[i].from_stack(_turned(views[i], part))
             start += views[i].count
     return [result for result in results if result is not None]
+
+
+def map_matrices(function: Callable[[Stack], Array], stack: Stack) -> Array:
+    """`function` of a stack, one matrix at a time where that is the better way."""
+    if stack.shape[0] == 1 or resolve_bucketing("auto") != "loop":
+        return function(stack)
+    return jax.lax.map(lambda matrix: function(matrix[None])[0], stack)
+
+
+def _loop(function: StackFunction, leaf: Array, view: MatrixView) -> Array:
+    """`function` of one leaf's matrices, turned and split one layer at a time."""
+    if view.batch_axes == (0,) and view.shape[0] > 1:
+        # Turning and splitting the whole leaf would copy it.
+        layer = view.one_layer()
+        return jax.lax.map(lambda part: _loop(function, part, layer), leaf)
+    stack = _turned(view, view.to_stack(leaf))
+    if view.count > 1:
+        stack = jax.lax.map(lambda matrix: function(matrix[None])[0], stack)
+    else:
+        stack = function(stack)
+    return view.from_stack(_turned(view, stack))
 
 
 def _turned(view: MatrixView, stack: Array) -> Array:

@@ -16,7 +16,8 @@ from tests.references import samplers as reference
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-RECORDED = np.load(pathlib.Path(__file__).parents[1] / "data" / "sampler_toy.npz")
+_ARCHIVE = pathlib.Path(__file__).parents[1] / "data" / "sampler_toy.npz"
+RECORDED = dict(np.load(_ARCHIVE))
 
 # Ten float32 steps on values of order ten; the recordings were made in float32 too, and
 # two float32 runs of this model were seen to differ by 2.9e-6.
@@ -78,7 +79,9 @@ def signal_levels(tag):
 def test_follows_the_recorded_trajectory(tag):
     samples = run_recorded(tag)
     # A clean prediction divides by the signal, and its rounding error with it.
-    error = (samples.previews - RECORDED[f"{tag}/clean"]) * signal_levels(tag)
+    # Every third one was kept.
+    previews = samples.previews[::3]
+    error = (previews - RECORDED[f"{tag}/clean"]) * signal_levels(tag)[::3]
     assert_within(error, np.zeros(error.shape), TRAJECTORY, "clean")
     assert_within(samples.images, RECORDED[f"{tag}/final"], TRAJECTORY, "image")
 

@@ -1,0 +1,190 @@
+"""What speed depends on and no clock is needed for.
+
+Programs whose size doesn't depend on depth, temporary memory of one matrix, no
+eigendecomposition, no second compilation, and the number of operations that the choice
+between the two Newton-Schulz forms counts with.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+import fusionopt_jax as fo
+from fusionopt_jax import _linalg
+
+ROUTING = fo.Routing(min_dim=16, stacked=("blocks",))
+# What the calls into LAPACK and cuSOLVER of eigendecompositions and SVDs are named.
+EIGENDECOMPOSITION = re.compile("eigh|syev|heev|geev|jacobi|gesdd|gesvd", re.IGNORECASE)
+WIDTH = 32
+
+
+def parameters(depth):
+    """Shapes of a small transformer with stacked blocks; tall, wide and square."""
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731
+    return {
+        "blocks": {
+            "qkv": shape(depth, WIDTH, 3 * WIDTH),
+            "proj": shape(depth, WIDTH, WIDTH),
+            "down": shape(depth, 4 * WIDTH, WIDTH),
+            "bias": shape(depth, WIDTH),
+        },
+        "head": shape(WIDTH, 10),
+    }
+
+
+def lowered(optimizer, params, donate=(0, 1)):
+    """A whole step of an optimizer, lowered for donated parameters and state."""
+
+    def step(params, state, grads):
+        updates, state = optimizer.update(grads, state, params, value=jnp.float32(1))
+        return optax.apply_updates(params, updates), state
+
+    optimizer = optax.with_extra_args_support(optimizer)
+    state = jax.eval_shape(optimizer.init, params)
+    return jax.jit(step, donate_argnums=donate).lower(params, state, params)
+
+
+def compiled(optimizer, params):
+    return lowered(optimizer, params).compile()
+
+
+def size(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+@pytest.fixture(scope="module")
+def steps():
+    """The default composition for two depths."""
+    optimizer = fo.fusion_opt(1e-3, routing=ROUTING)
+    # XLA sums axes shorter than 6 by another, shorter program.
+    return {depth: compiled(optimizer, parameters(depth)) for depth in (6, 24)}
+
+
+def test_program_size_is_independent_of_depth(steps):
+    lines = {len(program.as_text().splitlines()) for program in steps.values()}
+    assert len(lines) == 1
+
+
+def test_separate_layers_grow_no_loop_bodies():
+    """Layers with leaves of their own share one Newton-Schulz loop for each shape."""
+
+    def loops(depth):
+        params = {
+            f"block_{i}": jax.ShapeDtypeStruct((WIDTH, 3 * WIDTH), jnp.float32)
+            for i in range(depth)
+        }
+        text = lowered(fo.ns5(routing=fo.Routing(min_dim=16)), params).as_text()
+        return text.count("stablehlo.dot_general")
+
+    assert loops(2) == loops(6) > 0
+
+
+def test_newton_schulz_works_in_the_memory_of_one_matrix():
+    """Temporary bytes don't grow with the number of matrices."""
+
+    def temporary(depth):
+        gradients = parameters(depth)["blocks"]["down"]
+        tx = optax.chain(fo.ns5(), fo.normuon())
+        state = jax.eval_shape(tx.init, gradients)
+        program = jax.jit(tx.update).lower(gradients, state).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    if jax.default_backend() != "cpu":
+        # Elsewhere all matrices of a bucket are in flight at once, on purpose.
+        assert temporary(4) > 0
+        return
+    matrix = 4 * (4 * WIDTH * WIDTH)
+    # ns5's result, on its way to normuon, grows with the depth; nothing else does.
+    growth = temporary(20) - temporary(4)
+    assert growth <= 16 * matrix * 1.05
+
+
+def test_schedule_free_needs_no_more_than_one_copy_of_the_parameters():
+    params = {"kernel": jax.ShapeDtypeStruct((512, 512), jnp.float32)}
+    tx = fo.schedule_free(optax.scale_by_rms(0.99), 1e-3)
+    temporary = compiled(tx, params).memory_analysis().temp_size_in_bytes
+    # 4 bytes a parameter, and a few scalars.
+    assert temporary <= 4 * size(params) + 1024
+
+
+@pytest.mark.parametrize(
+    "components",
+    [("ns5", "normuon", "sf"), ("shampoo", "ns5", "normuon", "sf")],
+    ids=["sf-normuon", "with-shampoo"],
+)
+def test_no_eigendecomposition(components):
+    optimizer = fo.fusion_opt(1e-3, components=components, routing=ROUTING)
+    program = lowered(optimizer, parameters(2)).as_text()
+    calls = re.findall(r"custom_call @([\w$]+)", program)
+    assert [name for name in calls if EIGENDECOMPOSITION.search(name)] == []
+
+
+def test_an_eigendecomposition_would_be_found():
+    program = jax.jit(jnp.linalg.eigh).lower(jnp.eye(4)).as_text()
+    calls = re.findall(r"custom_call @([\w$]+)", program)
+    assert [name for name in calls if EIGENDECOMPOSITION.search(name)]
+
+
+def test_compiles_once():
+    """Neither other values nor the state of a later step compiles anything again."""
+    optimizer = fo.fusion_opt(1e-3, routing=ROUTING)
+    params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), parameters(2))
+    step = jax.jit(
+        lambda grads, state, params, loss: optimizer.update(
+            grads, state, params, value=loss
+        )
+    )
+    state = optimizer.init(params)
+    for scale in (1.0, 2.0, 3.0):
+        grads = jax.tree.map(lambda leaf, scale=scale: scale * leaf, params)
+        _, state = step(grads, state, params, jnp.float32(scale))
+    assert step._cache_size() == 1
+
+
+def counted_operations(function, *args):
+    """Operations of all matrix products of a program, loops counted as often as run."""
+
+    def walk(jaxpr):
+        total = 0
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                contracted = equation.params["dimension_numbers"][0][0]
+                left = equation.invars[0].aval.shape
+                inner = 1
+                for axis in contracted:
+                    inner *= left[axis]
+                total += 2 * inner * equation.outvars[0].aval.size
+            times = equation.params.get("length", 1)
+            for inner_jaxpr in jaxprs_in_params(equation.params):
+                total += times * walk(inner_jaxpr)
+        return total
+
+    return walk(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+@pytest.mark.parametrize("coefficients", ["quintic", "polar_express"])
+@pytest.mark.parametrize("steps_taken", [1, 4, 5, 8])
+@pytest.mark.parametrize("method", ["plain", "gram"])
+@pytest.mark.parametrize("hot_dtype", ["fp32", "bf16"])
+def test_operations_are_counted_exactly(coefficients, steps_taken, method, hot_dtype):
+    table = _linalg.coefficient_table(coefficients, steps_taken)
+    stack = jax.ShapeDtypeStruct((1, 8, 24), jnp.float32)
+    counted = counted_operations(
+        lambda stack: _linalg.newton_schulz(
+            stack, table, method=method, hot_dtype=hot_dtype
+        ),
+        stack,
+    )
+    expected = _linalg.newton_schulz_flops(8, 24, table, method, hot_dtype)
+    assert counted == expected
+
+
+def test_the_cheaper_form_is_taken():
+    """Gram from n/m of 1.5 on: 4a + 34 against 20a + 10 units of m³ for five steps."""
+    table = _linalg.coefficient_table("quintic", 5)
+    chosen = {n: _linalg.cheaper_method(64, n, table) for n in (64, 95, 97, 256)}
+    assert chosen == {64: "plain", 95: "plain", 97: "gram", 256: "gram"}

@@ -81,10 +81,11 @@ class Golden(NamedTuple):
 def golden() -> Golden:
     """Outputs of the published PyTorch model with random weights.
 
-    To keep the file small, weights are stored to 17 bits behind the leading one, as
-    four planes of bytes; that moves the output by 3e-6. Gradients are stored as 200
-    evenly spaced entries and a norm, intermediates for two of eight images, and the
-    cache table for three steps and three labels.
+    To keep the file small, weights are stored to 16 bits behind the leading one, as
+    four planes of bytes; that moves the output by 6e-6. Gradients are stored as 200
+    evenly spaced entries and a norm, intermediates for two of eight images (of the
+    second and third block only the output), and the cache table for two steps and two
+    labels.
     """
     with np.load(DATA / "dit_small.npz") as file:
         arrays = {name: file[name] for name in file.files}

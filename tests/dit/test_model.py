@@ -106,7 +106,8 @@ class TestPublishedModel:
         for index in range(config.depth):
             layer = jax.tree.map(lambda leaf, i=index: leaf[i], params["blocks"])
             flat = linear(layer["adaLN_modulation"], cond)
-            check(f"block{index}/mod", flat)
+            if index == 0:
+                check("block0/mod", flat)
             parts = split_block(flat.reshape(2, 6, config.hidden_size))
             shift, scale, gate = parts[0]
             branch = attend(
@@ -114,11 +115,13 @@ class TestPublishedModel:
                 modulate(layer_norm(tokens), shift, scale),
                 config.num_heads,
             )
-            check(f"block{index}/attn_out", branch)
+            if index == 0:
+                check("block0/attn_out", branch)
             tokens = tokens + gate[:, None] * branch
             shift, scale, gate = parts[1]
             branch = mlp(layer["mlp"], modulate(layer_norm(tokens), shift, scale))
-            check(f"block{index}/mlp_out", branch)
+            if index == 0:
+                check("block0/mlp_out", branch)
             tokens = tokens + gate[:, None] * branch
             check(f"block{index}/out", tokens)
         final = linear(params["final_layer"]["adaLN_modulation"], cond)

@@ -5,6 +5,7 @@ of the columns (the output side); a side without a factor is `None` and stands f
 identity. The update formulas are those of `_eigenbasis`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -19,13 +20,11 @@ Statistics: TypeAlias = Literal["kl", "gram"]
 Sides: TypeAlias = Literal["auto", "both", "small"]
 Scaling: TypeAlias = Literal["relative", "absolute"]
 FirstBasis: TypeAlias = Literal["identity", "eigh"]
-Batching: TypeAlias = Literal["auto", "loop", "batch"]
 
 STATISTICS: tuple[Statistics, ...] = ("kl", "gram")
 SIDES: tuple[Sides, ...] = ("auto", "both", "small")
 SCALINGS: tuple[Scaling, ...] = ("relative", "absolute")
 FIRST_BASES: tuple[FirstBasis, ...] = ("identity", "eigh")
-BATCHINGS: tuple[Batching, ...] = ("auto", "loop", "batch")
 
 # Two factors cost 6(m² + n²) bytes: 12 a parameter for a square matrix, and more the
 # longer it is, while the small factor alone costs less the longer it is.
@@ -79,7 +78,7 @@ class Settings(NamedTuple):
     max_inverse_root: Any
     first_basis: FirstBasis
     orthonormalisation: Orthonormalisation
-    batching: Batching
+    loop: bool
     precision: jax.lax.Precision
 
     @property
@@ -367,14 +366,9 @@ def _bounded(values: Array, settings: Settings) -> Array:
 
 def _unit(pair: Pair, settings: Settings) -> Float[Array, " b"]:
     """A gradient's mean square as the eigenvalues see it, or 1 in absolute terms."""
-    unit = None
-    for state in pair:
-        if state is not None:
-            mean = jnp.mean(state.values, axis=1)
-            unit = mean if unit is None else unit * mean
-    if unit is None or not settings.relative:
-        return jnp.ones(_matrix_count(pair), jnp.float32)
-    return unit
+    means = [jnp.mean(state.values, axis=1) for state in pair if state is not None]
+    unit = functools.reduce(jnp.multiply, means)
+    return unit if settings.relative else jnp.ones_like(unit)
 
 
 def _eigen(pair: Pair) -> tuple[Side | None, Side | None]:
@@ -388,18 +382,10 @@ def _side_count(pair: Pair) -> int:
     return sum(side is not None for side in pair)
 
 
-def _matrix_count(pair: Pair) -> int:
-    """How many matrices the stack holds."""
-    return next(side.basis.shape[0] for side in pair if side is not None)
-
-
 def _over_stack(function: Callable[..., Any], settings: Settings, *stacks: Any) -> Any:
     """`function` of trees of stacks, at once or matrix by matrix in a compiled loop."""
-    loop = settings.batching == "loop" or (
-        settings.batching == "auto" and jax.default_backend() == "cpu"
-    )
     leading = jax.tree.leaves(stacks)[0].shape[0]
-    if not loop or leading == 1:
+    if not settings.loop or leading == 1:
         return function(*stacks)
 
     def one(matrices: Any) -> Any:

@@ -8,10 +8,10 @@ and :math:`S_a = Q_a \operatorname{diag}(\lambda_a) Q_a^\top` for either side:
     S_a \leftarrow b S_a + (1-b)\, g S_c^{-1} g^\top / n, \qquad
     S_c \leftarrow b S_c + (1-b)\, g^\top S_a^{-1} g / m .
 
-The eigenvalues are renewed at every step, the eigenbases by one power step and one
-orthonormalisation every few steps.
+Eigenvalues are renewed at every step, bases by a power step every few.
 """
 
+from collections.abc import Hashable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -32,12 +32,10 @@ from fusionopt_jax._eigenbasis import (
     Orthonormalisation,
 )
 from fusionopt_jax._kronecker import (
-    BATCHINGS,
     FIRST_BASES,
     SCALINGS,
     SIDES,
     STATISTICS,
-    Batching,
     FirstBasis,
     Pair,
     Scaling,
@@ -52,6 +50,12 @@ from fusionopt_jax._kronecker import (
     renewed_bases,
 )
 from fusionopt_jax._linalg import frobenius_norm
+from fusionopt_jax._matrices import (
+    BUCKETINGS,
+    Bucketing,
+    MatrixView,
+    resolve_bucketing,
+)
 from fusionopt_jax._optax import TransformLike, accepting_extra_args, transformation
 from fusionopt_jax._types import Array, Count, Params
 from fusionopt_jax.routing import Routing, matrix_views
@@ -67,20 +71,19 @@ _GRAM_DAMPING = 1e-4
 class KLShampooState(NamedTuple):
     """State of `kl_shampoo`.
 
-    Every field but the first and the last is a tree like the parameters, with one array
-    for each leaf: `d` is the length of the matrices' input (or output) side. A side
-    that has no factor holds `optax.MaskedNode()`.
+    Every field but the first and the last is a tree like the parameters with one fp32
+    array for each leaf; `d` is the length of the matrices' side. A side that has no
+    factor holds `optax.MaskedNode()`.
 
     Attributes:
         count: Updates so far.
-        input_factors: Symmetric factors of the input side, fp32, each kept as the
-            lower triangle in a rectangle `(matrices, d + 1, d / 2)` (d rounded up to
-            even).
+        input_factors: Symmetric factors of the input side, each the lower triangle in
+            a rectangle `(matrices, d + 1, d / 2)` (d rounded up to even).
         output_factors: The same of the output side.
-        input_bases: `(matrices, d, d)`, fp32: orthonormal bases, their vectors as
-            columns; with `statistics="gram"` the powers of the factors.
+        input_bases: `(matrices, d, d)`: orthonormal bases, their vectors as columns;
+            with `statistics="gram"` the powers of the factors.
         output_bases: The same of the output side.
-        input_eigenvalues: `(matrices, d)`, fp32; none with `statistics="gram"`.
+        input_eigenvalues: `(matrices, d)`; none with `statistics="gram"`.
         output_eigenvalues: The same of the output side.
         inner_state: The state of the inner transformation.
     """
@@ -115,7 +118,7 @@ def kl_shampoo(
     init_factor: Number | None = None,
     max_inverse_root: Number | None = 4000.0,
     orthonormalisation: Orthonormalisation = "auto",
-    batching: Batching = "auto",
+    bucketing: Bucketing = "auto",
     precision: jax.lax.Precision = jax.lax.Precision.HIGHEST,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Whitens what an inner momentum returns, by factors of the raw gradients.
@@ -133,8 +136,8 @@ def kl_shampoo(
             \bigl((Q_a^\top g\, Q_c)_{ij}^2 / \lambda_{c,j}\bigr),
 
     the same for :math:`c` with rows and columns exchanged, and every `update_every`
-    steps :math:`Q_a \leftarrow \operatorname{orth}(S_a Q_a)`. A side that is left out
-    is the identity. No eigendecomposition is taken (but see `first_basis`).
+    steps :math:`Q_a \leftarrow \operatorname{orth}(S_a Q_a)`, without any
+    eigendecomposition. A side that is left out is the identity.
 
     `statistics="gram"` is plain Shampoo instead:
     :math:`L \leftarrow b_2 L + (1-b_2)\, g g^\top`,
@@ -149,16 +152,14 @@ def kl_shampoo(
             the last two axes.
         b2: Decay rate of factors and eigenvalues, :math:`b_2`, in [0, 1).
         bias_correction: Average all gradients alike until there are
-            :math:`1/(1-b_2)` of them, so that the start neither shrinks nor delays
-            anything. `None` does so where `scaling` is relative; the published codes
-            don't.
+            :math:`1/(1-b_2)` of them, so that the start delays nothing. `None` does so
+            where `scaling` is relative; the published codes don't.
         statistics: `"kl"` (coupled factors) or `"gram"` (plain Shampoo).
         exponent: :math:`p`, of each side. `None` takes -1/2 for `"kl"`; for `"gram"`
             -1/4 with two sides and -1/2 with one, as Shampoo does.
         sides: `"both"`; `"small"` keeps a factor of the shorter side alone (of the
             input side of a square matrix); `"auto"` keeps both where the longer side is
-            below 1.5 times the shorter, and the small one elsewhere, for at most
-            13 bytes a parameter, 12 for square matrices, 3 at an aspect ratio of 2.
+            below 1.5 times the shorter: 12 bytes a parameter if square, then 13 at most.
         update_every: Steps between two renewals of a basis (of a power), at least 1.
         stagger: Renew the bases of different matrices at different steps, so that no
             step pays for all of them; `False` renews all at multiples of
@@ -173,9 +174,8 @@ def kl_shampoo(
             `"eigh"` takes the eigenvectors of the first factor, as the published code
             does, which puts a decomposition into a branch of the program.
         eps: :math:`\epsilon`, added to :math:`1/s`. Of no effect on `"gram"`.
-        damping: Added to :math:`g g^\top` (once for each element of the other side) in
-            the eigenvalues of `"kl"`; :math:`\delta` of `"gram"`. `None` takes 0 and
-            1e-4.
+        damping: Added to every squared gradient entry in the eigenvalues of `"kl"`;
+            :math:`\delta` of `"gram"`. `None` takes 0 and 1e-4.
         scaling: `"relative"` measures `eps`, `damping`, `init_factor` and
             `max_inverse_root` in the gradients' own scale: the direction doesn't change
             when all gradients are multiplied by a constant. `"absolute"` takes them as
@@ -186,11 +186,12 @@ def kl_shampoo(
         max_inverse_root: :math:`1/\sqrt\lambda` is kept below max(10, min(d, this)) for
             a side of length d, relative to the root of the mean eigenvalue or
             absolutely. `None` sets no bound.
-        orthonormalisation: `"qr"`; `"cholesky_qr"`, twice over, with QR where that
-            breaks down; `"auto"` takes QR on CPUs and Cholesky-QR elsewhere.
-        batching: `"loop"` goes through the matrices of a leaf in a compiled loop, by
-            which temporary memory is one matrix's; `"batch"` takes them at once;
-            `"auto"` loops on CPUs.
+        orthonormalisation: `"qr"`; `"cholesky_qr"`, twice, and QR where that breaks
+            down; `"auto"` takes QR on CPUs and Cholesky-QR elsewhere.
+        bucketing: `"batch"` joins leaves of equal matrices and takes all of them at
+            once, `"loop"` goes through them one matrix at a time in a compiled loop,
+            `"leaf"` takes the matrices of one leaf at once; `"auto"` loops on CPUs and
+            batches elsewhere.
         precision: Of the matrix products. Less than the highest lets GPUs shorten
             operands to TF32, which turns the bases by large angles.
 
@@ -211,15 +212,12 @@ def kl_shampoo(
         (4, 6)
 
     Source:
-        Lin et al., *Understanding and Improving Shampoo and SOAP via Kullback–Leibler
-        Minimization*, arXiv 2509.03378, Claims 2 and 3, and its code (yorkerlin/
-        KL-Methods, `kl_opt.py`): `scaling="absolute"`, `stagger=False`,
-        `sides="both"`, `first_basis="eigh"`, `first_step="skip"` reproduce it for
-        matrices (it bounds the root by 4000 and starts at 0.1 as well); its
-        `using_damping` is `damping=eps`. Where it takes a tensor of three axes for a
-        product of three factors, this takes a stack of matrices. Gupta et al.,
-        *Shampoo*, arXiv 1802.09568 (`"gram"`). One side alone with exponent -1/2 is
-        *ASGO*, arXiv 2503.20762.
+        Lin et al., arXiv 2509.03378, Claims 2 and 3, and its code (`kl_opt.py` of
+        yorkerlin/KL-Methods), which is reproduced for matrices by `scaling="absolute"`,
+        `stagger=False`, `sides="both"`, `first_basis="eigh"`, `first_step="skip"`; its
+        `using_damping` is `damping=eps`. A tensor of three axes, there a product of
+        three factors, is here a stack of matrices. Gupta et al., *Shampoo*, arXiv
+        1802.09568 (`"gram"`). *ASGO*, arXiv 2503.20762 (one side, exponent -1/2).
     """
     check_decay_rate("b2", b2)
     check_choice("statistics", statistics, STATISTICS)
@@ -228,7 +226,7 @@ def kl_shampoo(
     check_choice("first_basis", first_basis, FIRST_BASES)
     check_choice("first_step", first_step, FIRST_STEPS)
     check_choice("orthonormalisation", orthonormalisation, ORTHONORMALISATIONS)
-    check_choice("batching", batching, BATCHINGS)
+    check_choice("bucketing", bucketing, BUCKETINGS)
     check_count("update_every", update_every, low=1)
     check_non_negative("eps", eps)
     if exponent is not None:
@@ -258,7 +256,7 @@ def kl_shampoo(
         max_inverse_root=max_inverse_root,
         first_basis=first_basis,
         orthonormalisation=orthonormalisation,
-        batching=batching,
+        loop=resolve_bucketing(bucketing) == "loop",
         precision=precision,
     )
     momentum = accepting_extra_args(optax.identity() if inner is None else inner)
@@ -273,40 +271,54 @@ def kl_shampoo(
             momentum.init(params),
         )
 
+    def step(
+        gradient: Array, direction: Array, pair: Pair, count: Count, groups: int
+    ) -> tuple[Array, Pair]:
+        """The preconditioned stack of one bucket, and its new statistics."""
+        if statistics == "kl":
+            result, pair = kl_step(gradient, direction, pair, count, settings)
+            pair = renewed_bases(pair, count, groups, settings)
+        else:
+            result, pair = gram_step(gradient, direction, pair, count, groups, settings)
+        if restore_norm:
+            norm = frobenius_norm(result)
+            target = frobenius_norm(direction)
+            result = result * (target / jnp.where(norm > 0, norm, 1))
+        return result, pair
+
     def update_fn(
         updates: Any, state: KLShampooState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, KLShampooState]:
         directions, inner_state = momentum.update(
             updates, state.inner_state, params, **extra_args
         )
-        first = state.count == 0
         leaves, treedef = jax.tree.flatten(updates)
         directions = treedef.flatten_up_to(directions)
         views = matrix_views(updates, routing, "kl_shampoo")
-        results, pairs, groups = [], [], 0
-        for index, pair in enumerate(_pairs(treedef, state)):
-            view, dtype = views[index], leaves[index].dtype
-            gradient = view.to_stack(leaves[index]).astype(jnp.float32)
-            direction = view.to_stack(directions[index]).astype(jnp.float32)
-            if statistics == "kl":
-                result, pair = kl_step(gradient, direction, pair, state.count, settings)
-                pair = renewed_bases(pair, state.count, groups, settings)
-            else:
-                result, pair = gram_step(
-                    gradient, direction, pair, state.count, groups, settings
-                )
-            if restore_norm:
-                norm = frobenius_norm(result)
-                norm = jnp.where(norm > 0, norm, 1)
-                result = result * (frobenius_norm(direction) / norm)
+        pairs = _pairs(treedef, state)
+        results: list[Any] = [None] * len(leaves)
+        groups = 0
+        for members in _buckets(views, pairs, join=bucketing != "leaf"):
+            gradient, direction = (
+                _joined([_turned(views[i].to_stack(x[i]), pairs[i]) for i in members])
+                for x in (leaves, directions)
+            )
+            pair = _joined([_first_kept(pairs[i]) for i in members])
+            result, pair = step(gradient, direction, pair, state.count, groups)
             if skips:
-                result = jnp.where(first, 0, result)
-            results.append(view.from_stack(result.astype(dtype)))
-            pairs.append(pair)
+                result = jnp.where(state.count == 0, 0, result)
             groups += group_count(pair, settings)
+            start = 0
+            for i in members:
+                part = slice(start, start + views[i].count)
+                start = part.stop
+                done = _turned(result[part], pairs[i]).astype(leaves[i].dtype)
+                results[i] = views[i].from_stack(done)
+                mine = jax.tree.map(lambda stack, part=part: stack[part], pair)
+                pairs[i] = (None, mine[0]) if pairs[i][0] is None else mine
         if skips:
             inner_state = jax.tree.map(
-                lambda new, old: jnp.where(first, old, new),
+                lambda new, old: jnp.where(state.count == 0, old, new),
                 inner_state,
                 state.inner_state,
             )
@@ -339,6 +351,36 @@ def _assembled(
         output_eigenvalues=tree(1, "values"),
         inner_state=inner_state,
     )
+
+
+def _buckets(
+    views: Sequence[MatrixView], pairs: Sequence[Pair], *, join: bool
+) -> list[list[int]]:
+    """Indices of the leaves that are stacks of the same kind, once turned."""
+    buckets: dict[Hashable, list[int]] = {}
+    for i, (view, pair) in enumerate(zip(views, pairs, strict=True)):
+        both = pair[0] is not None and pair[1] is not None
+        shape = view.matrix_shape if both else tuple(sorted(view.matrix_shape))
+        buckets.setdefault((both, *shape) if join else i, []).append(i)
+    return list(buckets.values())
+
+
+def _turned(stack: Array, pair: Pair) -> Array:
+    """The stack in fp32, an only side with a factor as rows; its own inverse."""
+    stack = stack.astype(jnp.float32)
+    return stack.mT if pair[0] is None else stack
+
+
+def _first_kept(pair: Pair) -> Pair:
+    """The pair of the turned stack."""
+    return (pair[1], None) if pair[0] is None else pair
+
+
+def _joined(stacks: Sequence[Any]) -> Any:
+    """Trees of stacks as one tree of longer stacks."""
+    if len(stacks) == 1:
+        return stacks[0]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks)
 
 
 def _pairs(treedef: Any, state: KLShampooState) -> list[Pair]:

@@ -302,12 +302,14 @@ def test_renewals_are_spread_over_the_steps(rng, traced):
         for name, steps in seen.items():
             steps.append(changed(state.input_bases[name], new.input_bases[name]))
         state = new
+    total = np.zeros(10)
     for name, steps in seen.items():
         # Each matrix once in five steps.
         np.testing.assert_array_equal(np.sum(steps[:5], axis=0), 1, err_msg=name)
         np.testing.assert_array_equal(np.sum(steps[5:], axis=0), 1, err_msg=name)
-    np.testing.assert_array_equal(np.sum(seen["a"], axis=1), 2)
-    assert np.argmax(seen["b"][:5]) != np.argmax(seen["c"][:5])
+        total += np.sum(steps, axis=1)
+    # Twelve matrices in five steps: never more than three at once.
+    assert total.max() == 3
 
 
 def test_restored_norm_is_that_of_the_momentum(rng):
@@ -336,34 +338,45 @@ def test_skipped_first_step_returns_zeros_and_leaves_the_momentum(rng):
     assert np.asarray(update["w"]).any()
 
 
-def test_loop_and_batch_are_the_same(rng):
-    history = gradients(rng, {"stack": (5, 4, 6), "square": (5, 4, 4)})
-    loop, _ = run(fo.kl_shampoo(batching="loop"), history)
-    batch, _ = run(fo.kl_shampoo(batching="batch"), history)
-    for name in history:
-        # The same operations, in another order of summation.
-        _compare.assert_within(loop[name], batch[name], TOLERANCE, name)
+def test_leaves_joined_or_not_are_the_same(rng):
+    shapes = {"wide": (2, 4, 6), "tall": (6, 4), "square": (4, 4), "stack": (2, 4, 4)}
+    history = gradients(rng, shapes)
+    # All bases at once: what is renewed when depends on what is joined.
+    tx = functools.partial(fo.kl_shampoo, stagger=False)
+    results = {
+        bucketing: run(tx(bucketing=bucketing), history)
+        for bucketing in ("loop", "batch", "leaf")
+    }
+    alone, state = results["leaf"]
+    for bucketing in ("loop", "batch"):
+        updates, joined = results[bucketing]
+        assert jax.tree.structure(joined) == jax.tree.structure(state)
+        for name in history:
+            # The same operations, in another order of summation.
+            _compare.assert_within(updates[name], alone[name], TOLERANCE, name)
+
+
+def program_lines(depth, bucketing):
+    """How long the program for a model of separate layers is."""
+    params = {str(i): jnp.ones((4, 4)) for i in range(depth)}
+    tx = fo.kl_shampoo(bucketing=bucketing)
+    text = jax.jit(tx.update).lower(params, tx.init(params)).as_text()
+    return len(text.splitlines())
+
+
+def test_program_hardly_grows_with_separate_layers():
+    # A few lines for each leaf to lay it into the stack and take it out again.
+    assert program_lines(12, "loop") < 1.6 * program_lines(3, "loop")
+    assert program_lines(12, "leaf") > 3 * program_lines(3, "leaf")
 
 
 def test_cholesky_and_qr_are_the_same(rng):
-    history = gradients(rng, {"stack": (5, 4, 6), "square": (5, 4, 4)})
+    history = gradients(rng, {"stack": (3, 4, 6), "square": (4, 4)})
     qr, _ = run(fo.kl_shampoo(orthonormalisation="qr"), history)
     cholesky, _ = run(fo.kl_shampoo(orthonormalisation="cholesky_qr"), history)
     for name in history:
         # The bases agree up to signs, which leave the direction alone.
         _compare.assert_within(cholesky[name], qr[name], 3e-4, name)
-
-
-def test_holes_of_a_masked_tree_have_no_state(rng):
-    params = {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}
-    tx = optax.multi_transform(
-        {"spectral": fo.kl_shampoo(optax.trace(0.9)), "scalar": optax.scale_by_adam()},
-        {"kernel": "spectral", "bias": "scalar"},
-    )
-    state = tx.init(params)
-    updates, new = jax.jit(tx.update)(params, state)
-    assert jax.tree.structure(state) == jax.tree.structure(new)
-    assert jax.tree.structure(updates) == jax.tree.structure(params)
 
 
 @pytest.mark.parametrize(
@@ -374,7 +387,6 @@ def test_holes_of_a_masked_tree_have_no_state(rng):
         ({"update_every": 0}, "`update_every` must be at least 1"),
         ({"sides": "left"}, "sides"),
         ({"damping": -1.0}, "`damping` must lie in"),
-        ({"init_factor": 0.0}, "`init_factor` must lie in"),
     ],
 )
 def test_settings_out_of_range_are_errors(settings, message):

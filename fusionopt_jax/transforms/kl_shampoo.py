@@ -159,20 +159,18 @@ def kl_shampoo(
             -1/4 with two sides and -1/2 with one, as Shampoo does.
         sides: `"both"`; `"small"` keeps a factor of the shorter side alone (of the
             input side of a square matrix); `"auto"` keeps both where the longer side is
-            below 1.5 times the shorter: 12 bytes a parameter if square, then 13 at most.
+            below 1.5 times the shorter, 12 bytes a parameter if square, 13 at most.
         update_every: Steps between two renewals of a basis (of a power), at least 1.
         stagger: Renew the bases of different matrices at different steps, so that no
             step pays for all of them; `False` renews all at multiples of
             `update_every`, as the published code does.
-        restore_norm: Give each matrix back the Frobenius norm that `inner` gave it, as
-            SOAP-Muon does before `ns5`.
+        restore_norm: Give each matrix back its norm, as SOAP-Muon does before `ns5`.
         first_step: At the very first update there are no statistics yet. `"pass"`
             returns the matrices as `inner` gives them, divided by the gradients' root
             mean square (times `init_factor`). `"skip"` returns zeros and doesn't run
             `inner`, as the published code does. Without effect on `"gram"`.
         first_basis: `"identity"` starts from the axes and needs no eigendecomposition;
-            `"eigh"` takes the eigenvectors of the first factor, as the published code
-            does, which puts a decomposition into a branch of the program.
+            `"eigh"` takes the first factor's eigenvectors, as the published code does.
         eps: :math:`\epsilon`, added to :math:`1/s`. Of no effect on `"gram"`.
         damping: Added to every squared gradient entry in the eigenvalues of `"kl"`;
             :math:`\delta` of `"gram"`. `None` takes 0 and 1e-4.

@@ -104,7 +104,7 @@ class MatrixView:
         order = self.batch_axes + self.in_axes + self.out_axes
         batch = self._size(self.batch_axes)
         rows, columns = self.fused_shape
-        stack = jnp.transpose(leaf, order).reshape(batch, rows, columns)
+        stack = jnp.transpose(gathered(leaf), order).reshape(batch, rows, columns)
         if self.chunks == 1:
             return stack
         if self.chunk_axis == "input":
@@ -163,6 +163,7 @@ def map_stacks(
         The results, shaped like the leaves.
     """
     bucketing = resolve_bucketing(bucketing)
+    wanted, leaves = leaves, [gathered(leaf) for leaf in leaves]
     results: list[Array | None] = [None] * len(leaves)
     for members in _buckets(leaves, views, bucketing):
         if bucketing == "loop" and len(members) == 1:
@@ -180,7 +181,35 @@ def map_stacks(
             part = done[start : start + views[i].count]
             results[i] = views[i].from_stack(_turned(views[i], part))
             start += views[i].count
-    return [result for result in results if result is not None]
+    return [
+        sharded_like(result, leaf)
+        for result, leaf in zip(results, wanted, strict=True)
+        if result is not None
+    ]
+
+
+def gathered(leaf: Array) -> Array:
+    """A leaf that is sharded over an explicit mesh, whole on every device.
+
+    Products, reshapes and transposes of a matrix mix its axes, which JAX refuses to
+    guess a sharding for. Under an automatic mesh the compiler decides, and the leaf
+    stays as it is.
+    """
+    if _is_split(leaf):
+        return jax.sharding.reshard(leaf, jax.sharding.PartitionSpec())
+    return leaf
+
+
+def sharded_like(result: Array, leaf: Array) -> Array:
+    """A result with the explicit sharding of a leaf of its shape."""
+    if _is_split(leaf) or _is_split(result):
+        return jax.sharding.reshard(result, jax.typeof(leaf).sharding)
+    return result
+
+
+def _is_split(leaf: Array) -> bool:
+    """Whether any axis of a leaf is sharded over an explicit mesh."""
+    return any(axis is not None for axis in jax.typeof(leaf).sharding.spec)
 
 
 def map_matrices(function: Callable[[Stack], Array], stack: Stack) -> Array:

@@ -18,7 +18,7 @@ from fusionopt_jax._checks import (
     check_rate_or_schedule,
     is_concrete_number,
 )
-from fusionopt_jax._matrices import MatrixView
+from fusionopt_jax._matrices import MatrixView, sharded_like
 from fusionopt_jax._optax import keeping_dtype, transformation
 from fusionopt_jax._types import (
     Array,
@@ -312,7 +312,9 @@ def _one_minus_power(decay: Number, count: Count) -> Scalar:
     return -jnp.expm1(count.astype(jnp.float32) * log)
 
 
-def _unit_rows(decay: Number, routing: Routing) -> optax.GradientTransformationExtraArgs:
+def _unit_rows(
+    decay: Number, routing: Routing
+) -> optax.GradientTransformationExtraArgs:
     """Divides neurons by the root of an average of their sums of squares."""
 
     def init_fn(params: Params) -> RowScaleState:
@@ -328,7 +330,7 @@ def _unit_rows(decay: Number, routing: Routing) -> optax.GradientTransformationE
         U = view.to_stack(update).astype(jnp.float32)
         r = decay * old + (1 - decay) * jnp.sum(U * U, axis=1)
         U = U / jnp.sqrt(jnp.maximum(r, _SMALLEST_SQUARES))[:, None, :]
-        return view.from_stack(U).astype(update.dtype), r
+        return sharded_like(view.from_stack(U).astype(update.dtype), update), r
 
     def update_fn(
         updates: Any, state: RowScaleState, params: Any = None, **extra_args: Any

@@ -13,7 +13,7 @@ import optax
 
 from fusionopt_jax._checks import check_rate_or_schedule
 from fusionopt_jax._linalg import frobenius_norm
-from fusionopt_jax._matrices import MatrixView
+from fusionopt_jax._matrices import MatrixView, sharded_like
 from fusionopt_jax._optax import TransformLike, accepting_extra_args, transformation
 from fusionopt_jax._types import Array, Count, Float, Params, Scalar, ScalarOrSchedule
 from fusionopt_jax.iterates import schedule_free_states
@@ -168,4 +168,4 @@ def _step(
     length = frobenius_norm(moved)
     on_sphere = R * moved / jnp.where(length > 0, length, 1)
     result = jnp.where(R > 0, on_sphere, W - gamma * U)
-    return view.from_stack((result - W).astype(weight.dtype))
+    return sharded_like(view.from_stack((result - W).astype(weight.dtype)), weight)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from fusionopt_jax._checks import check_decay_rate, check_non_negative
-from fusionopt_jax._matrices import MatrixView, map_matrices
+from fusionopt_jax._matrices import MatrixView, map_matrices, sharded_like
 from fusionopt_jax._optax import transformation
 from fusionopt_jax._types import Array, Float, Number, Params
 from fusionopt_jax.routing import Routing, matrix_views
@@ -101,7 +101,7 @@ def normuon(
             after = jnp.sum(square * factor**2, axis=1, keepdims=True)
             factor *= jnp.sqrt(before / jnp.where(after > 0, after, 1))
         U = O.astype(jnp.float32) * factor[:, None, :]
-        return view.from_stack(U.astype(update.dtype)), v
+        return sharded_like(view.from_stack(U.astype(update.dtype)), update), v
 
     def update_fn(
         updates: Any, state: NorMuonState, params: Any = None, **extra_args: Any

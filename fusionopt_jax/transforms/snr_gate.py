@@ -19,7 +19,7 @@ from fusionopt_jax._checks import (
     check_number,
     check_positive,
 )
-from fusionopt_jax._matrices import MatrixView
+from fusionopt_jax._matrices import MatrixView, sharded_like
 from fusionopt_jax._optax import TransformLike, accepting_extra_args, transformation
 from fusionopt_jax._types import Array, Count, Number, Params, Scalar
 from fusionopt_jax.routing import Routing, matrix_views
@@ -186,4 +186,4 @@ def _gated(update: Array, gate: Array, view: MatrixView | None) -> Array:
     if view is None:
         return (update.astype(jnp.float32) * gate).astype(update.dtype)
     stack = view.to_stack(update).astype(jnp.float32) * gate[:, None, :]
-    return view.from_stack(stack).astype(update.dtype)
+    return sharded_like(view.from_stack(stack).astype(update.dtype), update)

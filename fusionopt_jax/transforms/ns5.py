@@ -181,7 +181,9 @@ def ns5(
 
     def init_fn(params: Any) -> NS5State:
         matrix_views(params, routing, "ns5")
-        return NS5State(count=jnp.zeros([], jnp.int32), audit_error=jnp.zeros([]))
+        return NS5State(
+            count=jnp.zeros([], jnp.int32), audit_error=jnp.zeros([], jnp.float32)
+        )
 
     def update_fn(
         updates: Any, state: NS5State, params: Any = None, **extra_args: Any

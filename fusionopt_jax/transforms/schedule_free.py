@@ -27,6 +27,10 @@ from fusionopt_jax.iterates import ScheduleFreeState, average_of
 
 InnerParams: TypeAlias = Literal["fast", "gradient", "average"]
 
+# Not `jnp.float32` itself: it can be called, and `optax.inject_hyperparams` takes every
+# callable for a schedule.
+_FLOAT32 = jnp.dtype(jnp.float32)
+
 _INNER_PARAMS: tuple[InnerParams, ...] = ("fast", "gradient", "average")
 
 
@@ -41,7 +45,7 @@ def schedule_free(
     r: Number = 0.0,
     averaging_warmup: int | jax.Array = 0,
     inner_params: InnerParams = "fast",
-    state_dtype: Any = jnp.float32,
+    state_dtype: Any = _FLOAT32,
     keep_average: bool | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces a learning-rate schedule by averaging the iterates.
@@ -123,6 +127,11 @@ def schedule_free(
         raise ValueError(
             "`keep_average` can't be False with `b1`=0: the parameters are then the "
             "fast iterate and the average can't be recovered from them."
+        )
+    if isinstance(state_dtype, jax.Array):
+        raise TypeError(
+            "`state_dtype` must be a dtype, got an array. Under "
+            "`optax.inject_hyperparams`, name it in `static_args`."
         )
     inner_tx = accepting_extra_args(inner)
     state_dtype = jnp.dtype(state_dtype)

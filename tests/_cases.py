@@ -264,13 +264,18 @@ def is_finite(tree: Any) -> bool:
     )
 
 
+def free(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function without the checks that tests add to its annotations."""
+    return inspect.unwrap(function)
+
+
 def unchecked(factory: Any, *args: Any, **kwargs: Any) -> Any:
     """A function or class called without the checks that tests add to annotations.
 
     What is wrong in a call then meets the library's own error, as it does for users.
     """
     if not inspect.isclass(factory):
-        return inspect.unwrap(factory)(*args, **kwargs)
+        return free(factory)(*args, **kwargs)
     made = object.__new__(factory)
     inspect.unwrap(factory.__init__)(made, *args, **kwargs)
     return made

@@ -286,10 +286,9 @@ def test_zero_gradients_stay_finite(case):
             zeros, state, params, **_cases.arguments(case, 0.0)
         )
         assert _cases.is_finite((updates, state))
-        if case.kind == "direction":
-            assert all(
-                not np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(updates)
-            )
+        # What sees the parameters may decay them.
+        if case.kind == "direction" and not case.params:
+            assert all(not np.any(leaf) for leaf in jax.tree.leaves(updates))
 
 
 HOT_DTYPES = ["auto", "fp32", "bf16", "fp16", "fp16_safe"]

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import fusionopt_jax as fo
 from tests import _cases, _compare
@@ -30,9 +31,19 @@ def test_injected_hyperparameters_do_not_swallow_the_routing():
 
 
 def test_what_shapes_the_program_says_so_when_injected():
-    build = lambda steps: fo.ns5(steps=steps)  # noqa: E731
-    tx = optax.inject_hyperparams(build, static_args=("steps",))(steps=2)
-    tx.init({"w": jnp.ones((2, 2))})
+    # A dtype can be called, so it is taken for a schedule as well.
+    injected = optax.inject_hyperparams(_cases.free(fo.schedule_free))
+    tx = injected(optax.identity(), 0.1, state_dtype=jnp.bfloat16)
+    with pytest.raises(TypeError, match=r"`state_dtype`.*static_args"):
+        tx.init({"w": jnp.ones((2, 2))})
+    tx = optax.inject_hyperparams(fo.schedule_free, static_args=("state_dtype",))(
+        optax.identity(), 0.1, state_dtype=jnp.bfloat16
+    )
+    state = tx.init({"w": jnp.ones((2, 2))})
+    assert optax.tree.get(state, "z")["w"].dtype == jnp.bfloat16
+    tx = optax.inject_hyperparams(_cases.free(fo.ns5))(steps=2)
+    with pytest.raises(TypeError, match=r"`steps`.*static_args"):
+        tx.init({"w": jnp.ones((2, 2))})
 
 
 def scanned():
@@ -249,3 +260,29 @@ def test_missing_loss_in_a_group_says_what_to_pass():
     params = {"a": jnp.ones(2), "b": jnp.ones(2)}
     with pytest.raises(ValueError, match="value=loss"):
         tx.update(params, tx.init(params), params)
+
+
+@pytest.mark.parametrize("spec", [P("x", None), P(None, "y"), P("x", "y")], ids=str)
+@pytest.mark.parametrize("name", ["ns5", "normuon", "fusion_opt"])
+def test_a_matrix_may_be_sharded_over_an_explicit_mesh(name, spec):
+    # `jax.make_mesh` makes explicit axes, on which `optax.contrib.muon` raises.
+    case = _cases.named(name)
+    tx = _cases.transformation(case)
+    expected, _ = _cases.first_update(case)
+    params, grads, _ = _cases.start(case)
+    with jax.set_mesh(jax.make_mesh((2, 2), ("x", "y"))):
+        put = lambda leaf: jax.device_put(  # noqa: E731
+            leaf, P(None, *spec) if leaf.ndim == 3 else spec if leaf.ndim == 2 else P()
+        )
+        params, grads = jax.tree.map(put, (params, grads))
+        extra = _cases.arguments(case)
+        step = jax.jit(lambda g, s, p: tx.update(g, s, p, **extra))
+        state = jax.jit(lambda p: tx.init(p))(params)
+        updates, after = step(grads, state, params)
+        types = lambda tree: jax.tree.map(jax.typeof, tree)  # noqa: E731
+        assert types(updates) == types(params)
+        assert types(after) == types(state)
+        step(grads, after, params)
+        assert step._cache_size() == 1
+    # Another program for the same numbers.
+    _compare.assert_trees_within(updates, expected, 2e-5)

@@ -131,9 +131,13 @@ def cheaper_method(
 
 
 def frobenius_norm(X: Float[Array, "*batch m n"]) -> Float[Array, "*batch 1 1"]:
-    """Each matrix's Frobenius norm, in fp32."""
+    """Each matrix's Frobenius norm, in fp32, of entries of any size."""
     X = X.astype(jnp.float32)
-    return jnp.sqrt(jnp.sum(X * X, axis=(-2, -1), keepdims=True))
+    # The squares of entries below 1e-19 or above 1e19 would leave the range of fp32.
+    largest = jnp.max(jnp.abs(X), axis=(-2, -1), keepdims=True)
+    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    scaled = X / unit
+    return unit * jnp.sqrt(jnp.sum(scaled * scaled, axis=(-2, -1), keepdims=True))
 
 
 def newton_schulz(

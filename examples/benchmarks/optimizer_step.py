@@ -11,6 +11,7 @@ rate of a plain pass over memory.
 """
 
 import dataclasses
+import importlib
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -34,6 +35,7 @@ DEPTHS = (12, 28, 56)
 # On CPUs XLA starts as many operations at once as it can, which keeps many of their
 # results alive; its other schedule keeps few. Accelerators have one schedule only.
 LOW_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+FRUGAL = ("fusionopt SF-NorMuon", "fusionopt SF-AdamW", "optax.contrib.muon, rolled")
 
 
 def shapes_of(config: dit.DiTConfig, *, separate: bool) -> Any:
@@ -109,17 +111,20 @@ def candidates(params: Any) -> dict[str, optax.GradientTransformationExtraArgs]:
         "optax.contrib.muon": muon(),
         "optax.contrib.muon, rolled": muon(ns_coeffs="dion"),
     }
-    if importlib.util.find_spec("rollfast") is not None:
-        # The released rollfast has no NorMuon; PRISM is its orthogonalising optimizer.
-        import rollfast
-
-        found["rollfast.prism"] = rollfast.prism(
-            RATE, prism_weight_dimension_numbers=muon_dimensions
-        )
+    normuon = rollfast_normuon()
+    if normuon is not None:
+        found["rollfast NorMuon"] = normuon(RATE)
     return {
         name: optax.with_extra_args_support(optimizer)
         for name, optimizer in found.items()
     }
+
+
+def rollfast_normuon() -> Callable[..., optax.GradientTransformation] | None:
+    """NorMuon of the package rollfast, where a version that has it is installed."""
+    if importlib.util.find_spec("rollfast") is None:
+        return None
+    return getattr(importlib.import_module("rollfast"), "normuon", None)
 
 
 def step_of(optimizer: optax.GradientTransformationExtraArgs) -> Callable[..., Any]:
@@ -223,8 +228,8 @@ def main() -> None:
         arguments_of = (shapes, state, shapes)
         step = step_of(optimizer)
         compiled = measure.compile_function(step, *arguments_of, donate=(0, 1))
-        frugal = compiled
-        if cpu:
+        frugal = None
+        if cpu and name in FRUGAL:
             frugal = measure.compile_function(
                 step, *arguments_of, donate=(0, 1), options=LOW_MEMORY
             )
@@ -235,7 +240,7 @@ def main() -> None:
                 "compile CPU s": compiled.compile_cpu_seconds,
                 "HLO lines": compiled.hlo_lines,
                 "temp B/param": compiled.temporary_bytes / size,
-                "temp B/param, frugal": frugal.temporary_bytes / size,
+                "temp B/param, frugal": frugal and frugal.temporary_bytes / size,
                 "state B/param": measure.tree_bytes(state) / size,
             }
         )

@@ -59,8 +59,10 @@ def eval_params(state: Any, params: Params) -> Params:
 
     Args:
         state: An optimiser state with a Schedule-Free state anywhere in it: inside
-            chains, `multi_transform`, `MultiSteps`, `inject_hyperparams`, `polyak`.
-        params: The training parameters :math:`y_t` that belong to it.
+            chains, `multi_transform`, `MultiSteps`, `inject_hyperparams`, `polyak`; of
+            an `nnx.Optimizer`, its `opt_state`.
+        params: The training parameters :math:`y_t` that belong to it; of an NNX module,
+            `nnx.state(module, nnx.Param)`, and the result is for `nnx.update`.
 
     Returns:
         A tree like `params`, in its dtypes. Leaves that no Schedule-Free state covers

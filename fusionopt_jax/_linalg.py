@@ -66,9 +66,16 @@ _GRAM_STEPS_HALF = 3
 def coefficient_table(
     coefficients: str | Sequence[Sequence[float]], steps: int
 ) -> CoefficientTable:
-    """The `(a, b, c)` of each of `steps` steps; a short table repeats its last row."""
-    rows = COEFFICIENTS[coefficients] if isinstance(coefficients, str) else coefficients
+    """The `(a, b, c)` of each of `steps` steps; a short table repeats its last row.
+
+    A named table that is too long loses its first rows: those only stretch what is
+    small, while the last ones bring every singular value near 1.
+    """
+    named = isinstance(coefficients, str)
+    rows = COEFFICIENTS[coefficients] if named else coefficients
     table = tuple((float(a), float(b), float(c)) for a, b, c in rows)
+    if named:
+        table = table[-steps:]
     return (table + table[-1:] * steps)[:steps]
 
 

@@ -55,6 +55,7 @@ from fusionopt_jax._matrices import (
     Bucketing,
     MatrixView,
     resolve_bucketing,
+    sharded_like,
 )
 from fusionopt_jax._optax import TransformLike, accepting_extra_args, transformation
 from fusionopt_jax._types import Array, Count, Params
@@ -311,7 +312,7 @@ def kl_shampoo(
                 part = slice(start, start + views[i].count)
                 start = part.stop
                 done = _turned(result[part], pairs[i]).astype(leaves[i].dtype)
-                results[i] = views[i].from_stack(done)
+                results[i] = sharded_like(views[i].from_stack(done), leaves[i])
                 mine = jax.tree.map(lambda stack, part=part: stack[part], pair)
                 pairs[i] = (None, mine[0]) if pairs[i][0] is None else mine
         if skips:

@@ -26,7 +26,7 @@ _HYPERPARAMS = "hyperparams"
 def diagnostics(state: Any) -> dict[str, Array]:
     """Every scalar of an optimiser state, under a readable name.
 
-    Names are `group/component/quantity`: the labels of the `multi_transform`s around a
+    Names are `group/component/quantity`: the label of every `multi_transform` around a
     component, its name, the field of its state. Of this library there are:
 
     * `polyak/step_size`, `polyak/loss_average`, `polyak/norm_average`;

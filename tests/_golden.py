@@ -2,10 +2,10 @@
 
 The archives under ``data/optim`` hold what the public reference implementations did in
 twelve steps on a CPU, in PyTorch's (out, in) shapes. Index ``t`` of an array is the
-value after step ``t``. Arrays that two recordings share are stored once. Parameters are
-kept as differences from step to step in units of 2^-23, as planes of bytes, which is half
-the size and 6e-8 away from the recording at most. Of element-wise rules, which treat
-every shape alike, only some of the recorded shapes are kept.
+value after step ``t``. Arrays that two recordings share are stored once. Parameters
+are kept as differences from step to step in units of 2^-23, as planes of bytes, which
+is half the size and 6e-8 away from the recording at most. Of element-wise rules, which
+treat every shape alike, only some of the recorded shapes are kept.
 """
 
 import functools
@@ -66,11 +66,12 @@ def _archive(family: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def _decoded(array: np.ndarray) -> np.ndarray:
-    """A trajectory from the byte planes of its differences; other arrays as they are."""
+    """A trajectory from the byte planes of its differences; else the array itself."""
     if array.dtype != np.uint8:
         return array
     differences = np.moveaxis(array, 0, -1).copy().view("<i4")[..., 0]
-    return (np.cumsum(differences, axis=0, dtype=np.int64) / 2.0**23).astype(np.float32)
+    units = np.cumsum(differences, axis=0, dtype=np.int64)
+    return (units / 2.0**23).astype(np.float32)
 
 
 def load(case: str) -> Golden:

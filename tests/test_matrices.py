@@ -139,7 +139,8 @@ def test_every_bucketing_is_one_matrix_at_a_time(bucketing):
     [
         # Chunks of (6, 3), a stack of (6, 3) and a (3, 6): one bucket of six.
         ("batch", [(6, 3, 6), (1, 5, 5), (1, 3, 12)]),
-        ("loop", [(1, 3, 6), (1, 5, 5), (1, 3, 12)]),
+        # A loop goes through a stack where it lies.
+        ("loop", [(1, 3, 6), (1, 3, 6), (1, 3, 6), (1, 5, 5), (1, 3, 12)]),
         ("leaf", [(3, 3, 6), (2, 3, 6), (1, 3, 6), (1, 5, 5), (1, 3, 12)]),
     ],
 )

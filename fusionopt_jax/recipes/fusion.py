@@ -140,8 +140,8 @@ def fusion_opt(
     Source:
         *SF-NorMuon*, arXiv 2605.23061 (composition, decay on the fast iterate, root
         mean square of 0.2); FusionOpt (the components, the shared step size). The
-        defaults of `momentum`, `b1` and `r` are the ones that did best on this
-        library's own training example.
+        defaults of `momentum`, `b1` and `r` are the ones that did best in a prototype
+        of this library's training example.
     """
     chosen = checked_components(components)
     routing = Routing() if routing is None else routing

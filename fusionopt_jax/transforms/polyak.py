@@ -122,7 +122,9 @@ def polyak(
         `"ratio"`: FusionOpt's first release, with the norm corrected.
         `"schedule_free_plus"`: Defazio, *ScheduleFree+*, arXiv 2605.19095. Its
         published code corrects the bias of the norm's average anew at every step when
-        `decay` > 0; here it is corrected once.
+        `decay` > 0; here it is corrected once. While the interpolation is annealed,
+        that code weighs the inner product with the new value; here it is taken with
+        the parameters as they are, which the old value made.
     """
     check_choice("rule", rule, _RULES)
     check_choice("norm", norm, _NORMS)

@@ -74,10 +74,12 @@ def main() -> None:
                 runs[rows[-1]["what"]] = lambda call=compiled.call, p=params: call(
                     p, images, labels
                 )
-        whole, state = whole_step(config, dtype, shapes, images, labels)
+        whole, optimizer = whole_step(config, dtype, shapes, images, labels)
         rows.append(row_of("whole SF-NorMuon step, scanned", depth, whole))
         if params is not None:
-            runs[rows[-1]["what"]] = Stepper(whole.call, params, state, images, labels)
+            runs[rows[-1]["what"]] = Stepper(
+                whole.call, params, optimizer, images, labels
+            )
 
     times = measure.interleave(runs, options.rounds)
     for row in rows:
@@ -114,7 +116,7 @@ def row_of(what: str, depth: int, compiled: measure.Compiled) -> dict[str, Any]:
 def whole_step(
     config: dit.DiTConfig, dtype: Any, shapes: Any, images: Any, labels: Any
 ) -> tuple[measure.Compiled, Any]:
-    """Gradient and update as one program, and the shapes of its state."""
+    """Gradient and update as one program, and its optimizer."""
     optimizer = fo.fusion_opt(1e-3, routing=fo.Routing(stacked=("blocks",)))
     value_and_grad = jax.value_and_grad(loss_of(config, dtype=dtype))
 

@@ -37,7 +37,7 @@ def test_follows_the_equation_around_momentum(rng):
 FINITE = st.floats(-1e3, 1e3, width=32)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(hnp.arrays(np.float32, (2, 5), elements=FINITE))
 def test_keeps_the_norm_and_never_opposes_the_gradient(pair):
     update, gradient = pair
@@ -49,7 +49,10 @@ def test_keeps_the_norm_and_never_opposes_the_gradient(pair):
     if agrees.any():
         # float32 norms; entries as small as the smallest normal number may vanish.
         np.testing.assert_allclose(
-            np.linalg.norm(ours), np.linalg.norm(update), rtol=1e-5, atol=1e-36
+            np.linalg.norm(ours),
+            np.linalg.norm(update.astype(np.float64)),
+            rtol=1e-5,
+            atol=1e-36,
         )
     else:
         assert not ours.any()

@@ -30,6 +30,17 @@ from fusionopt_jax.dit.model import init_params
 from fusionopt_jax.dit.pictures import save_images
 from fusionopt_jax.dit.samplers import Sampler
 from fusionopt_jax.dit.sampling import sample
+from fusionopt_jax.routing import Routing, Rule
+
+# Which kernels are matrices for the optimisers, and how the fused ones split.
+_ROUTING = Routing(
+    (
+        Rule("^blocks/attn/qkv/kernel$", chunks=3),
+        Rule("^blocks/adaLN_modulation/kernel$", chunks=6),
+        Rule("^final_layer/adaLN_modulation/kernel$", chunks=2),
+    ),
+    stacked=("blocks",),
+)
 
 _DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 
@@ -173,6 +184,7 @@ def _inspect(options: argparse.Namespace) -> None:
         config = CONFIGS[options.model]
         params = jax.eval_shape(lambda: init_params(config))
     sys.stdout.write(describe(params, config, options.steps, options.labels))
+    sys.stdout.write(f"\nfor training:\n{_ROUTING.table(params)}\n")
 
 
 def describe(params: Params, config: DiTConfig, steps: int, labels: int) -> str:

@@ -91,6 +91,9 @@ def test_inspect_knows_the_published_sizes(capsys):
     assert f"{675_129_632 - 256 * 1152:,} parameters" in text
     assert "modulators 861.4 MiB in fp32, 33% of the parameters" in text
     assert "74.7 MiB in fp32" in text
+    # 28 layers of three and of six square kernels.
+    assert "84 x (1152, 1152)" in text
+    assert "168 x (1152, 1152)" in text
 
 
 @pytest.mark.parametrize(

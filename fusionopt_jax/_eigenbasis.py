@@ -14,6 +14,7 @@ with rows and columns exchanged for the other side. A side that is `None` is the
 identity.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -27,10 +28,6 @@ Number: TypeAlias = float | int | Float[Array, ""]
 """A number, or a scalar array that a schedule provides."""
 
 ORTHONORMALISATIONS: tuple[Orthonormalisation, ...] = ("auto", "qr", "cholesky_qr")
-
-# Directions with an eigenvalue below this share of the mean one are rounding error of
-# S Q in fp32; the shift keeps them where they were.
-_RELATIVE_SHIFT = 1e-6
 
 # Two Cholesky passes leave about 1e-6 where they work; where they do not, the columns
 # were dependent to within fp32.
@@ -177,35 +174,62 @@ def power_step(
 ) -> SquareStack:
     """The orthonormal factor of S Q: one step towards the eigenvectors of S.
 
-    A matrix of zeros has none to go to, and keeps its basis.
+    In the null space of S (all of it, before the first gradient) there is nowhere to
+    go: S Q is rounding error there, and the basis stays as near to the old one as the
+    new directions let it.
     """
     Y = product(S, Q, precision)
+    norms = jnp.linalg.norm(Y, axis=1)
+    rounding = _rounding(S.shape[-1]) * jnp.max(norms, axis=1, keepdims=True)
     if method == "cholesky_qr":
-        trace = jnp.trace(S, axis1=1, axis2=2)[:, None, None]
-        Y = Y + (_RELATIVE_SHIFT / S.shape[-1]) * trace * Q
-        stepped = _cholesky_qr(Y, precision)
-    else:
-        stepped = jnp.linalg.qr(Y)[0]
-    learnt = jnp.any(S != 0, axis=(1, 2), keepdims=True)
-    return jnp.where(learnt, stepped, Q)
+        Y = jnp.where((norms > rounding)[:, None, :], Y, Q)
+        return _cholesky_qr(Y, lambda: _householder_qr(Y, Q, rounding), precision)
+    return _householder_qr(Y, Q, rounding)
 
 
-def _cholesky_qr(Y: SquareStack, precision: jax.lax.Precision) -> SquareStack:
-    """The Q of a QR factorisation by two Cholesky passes, by QR where they break down.
+def _rounding(d: int) -> float:
+    """The relative error of a product of d × d matrices in fp32, with a margin of 4."""
+    return 4 * float(jnp.finfo(jnp.float32).eps) * d**0.5
+
+
+def _householder_qr(
+    Y: SquareStack, Q: SquareStack, rounding: Float[Array, "b 1"]
+) -> SquareStack:
+    """The Q of a QR factorisation of Y, old columns where Y has none of its own.
+
+    Columns that add no more than rounding error to those before them give way to the
+    old ones, which come last and so are orthogonalised against all that is new.
+    """
+    stepped, R = jnp.linalg.qr(Y)
+    spent = jnp.abs(jnp.diagonal(R, axis1=1, axis2=2)) <= rounding
+
+    def completed() -> SquareStack:
+        order = jnp.argsort(spent, axis=1, stable=True)[:, None, :]
+        columns = jnp.where(spent[:, None, :], Q, Y)
+        basis, R = jnp.linalg.qr(jnp.take_along_axis(columns, order, axis=2))
+        # The signs that leave a basis as it is where nothing is new.
+        signs = jnp.where(jnp.diagonal(R, axis1=1, axis2=2) < 0, -1, 1)[:, None, :]
+        return jnp.take_along_axis(basis * signs, jnp.argsort(order, axis=2), axis=2)
+
+    return jax.lax.cond(jnp.any(spent), completed, lambda: stepped)
+
+
+def _cholesky_qr(
+    Y: SquareStack, otherwise: Callable[[], SquareStack], precision: jax.lax.Precision
+) -> SquareStack:
+    """The Q of a QR factorisation by two Cholesky passes, or what takes its place.
 
     Scaled columns have the same Q; those of S Q are then nearly orthonormal, however
     large the condition of S, once Q is near its eigenvectors.
     """
-    norms = jnp.sqrt(jnp.sum(Y * Y, axis=1, keepdims=True))
+    norms = jnp.linalg.norm(Y, axis=1, keepdims=True)
     Q = Y / jnp.where(norms > 0, norms, 1)
     for _ in range(2):
         lower = jax.lax.linalg.cholesky(product(Q.mT, Q, precision))
         Q = jax.lax.linalg.triangular_solve(lower, Q, lower=True, transpose_a=True)
     error = jnp.max(jnp.abs(product(Q.mT, Q, precision) - jnp.eye(Q.shape[-1])[None]))
     # The comparison is false for NaN as well.
-    return jax.lax.cond(
-        error < _ORTHOGONALITY_LIMIT, lambda: Q, lambda: jnp.linalg.qr(Y)[0]
-    )
+    return jax.lax.cond(error < _ORTHOGONALITY_LIMIT, lambda: Q, otherwise)
 
 
 def packed_shape(d: int) -> tuple[int, int]:

@@ -331,26 +331,47 @@ def preconditioned(grads):
 # up to 4; measured 6e-6.
 WHITENED_ROUNDING = 1e-4
 
-# Square, because the first factors of others have a null space whose basis is made of
-# rounding. The published code shares this: its weights move by 1e-3 to 7e-2 when the
-# gradients change by half a unit in the last place.
+# Factors of matrices that aren't square lack full rank at first, and forever if the
+# gradients stay the same: none of the basis may be made of rounding.
+whitened_shapes = st.sampled_from([(5, 5), (4, 6), (5, 6), (3, 8), (8, 3)])
 
 
 @few
-@hypothesis.given(seed=seeds, factor=st.floats(1e-3, 1e3))
-def test_any_factor_on_all_gradients_is_lost_in_kl_shampoo(seed, factor):
-    grads = draw(seed, (5, 5, 5))
+@hypothesis.given(
+    seed=seeds,
+    factor=st.floats(1e-3, 1e3),
+    shape=whitened_shapes,
+    repeated=st.booleans(),
+)
+def test_any_factor_on_all_gradients_is_lost_in_kl_shampoo(
+    seed, factor, shape, repeated
+):
+    grads = draw(seed, (1 if repeated else 5, *shape))
+    grads = np.broadcast_to(grads, (5, *shape))
     _compare.assert_within(
         preconditioned(factor * grads), preconditioned(grads), WHITENED_ROUNDING
     )
 
 
 @few
-@hypothesis.given(seed=seeds)
-def test_kl_shampoo_of_the_transpose(seed):
-    grads = draw(seed, (5, 5, 5))
+@hypothesis.given(seed=seeds, shape=whitened_shapes)
+def test_kl_shampoo_of_the_transpose(seed, shape):
+    grads = draw(seed, (5, *shape))
     _compare.assert_within(
         preconditioned(np.swapaxes(grads, 1, 2)),
         preconditioned(grads).T,
+        WHITENED_ROUNDING,
+    )
+
+
+@few
+@hypothesis.given(seed=seeds, shape=whitened_shapes)
+def test_kl_shampoo_of_reordered_neurons(seed, shape):
+    grads = draw(seed, (5, *shape))
+    rng = np.random.default_rng(seed)
+    rows, columns = (rng.permutation(d) for d in shape)
+    _compare.assert_within(
+        preconditioned(grads[:, rows][:, :, columns]),
+        preconditioned(grads)[rows][:, columns],
         WHITENED_ROUNDING,
     )

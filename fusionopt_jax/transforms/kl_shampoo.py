@@ -177,10 +177,8 @@ def kl_shampoo(
             :math:`\delta` of `"gram"`. `None` takes 0 and 1e-4.
         scaling: `"relative"` measures `eps`, `damping`, `init_factor` and
             `max_inverse_root` in the gradients' own scale: the direction doesn't change
-            when all gradients are multiplied by a constant (but with two sides on a
-            matrix that is not square, whose first factors lack full rank, rounding
-            decides part of the basis). `"absolute"` takes them as they are, as the
-            published codes do.
+            when all gradients are multiplied by a constant. `"absolute"` takes them as
+            they are, as the published codes do.
         init_factor: First eigenvalue; `None` takes the published 0.1 where `scaling` is
             absolute, and 1, by which the first update has the size of later ones, where
             it is relative (in units of the gradients' root mean square).

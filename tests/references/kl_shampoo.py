@@ -28,6 +28,28 @@ def gram(tensor, axis):
     return rows @ rows.T
 
 
+def orthonormal(Y, Q):
+    """Gram-Schmidt on the columns of Y; where one adds nothing, on that of Q, last."""
+    largest = np.max(np.linalg.norm(Y, axis=0))
+    basis = np.zeros_like(Q)
+
+    def added(j, vector):
+        for _ in range(2):
+            vector = vector - basis @ (basis.T @ vector)
+        length = np.linalg.norm(vector)
+        # Far above the rounding of float64, far below what float32 can tell from zero.
+        if length > 1e-10 * largest:
+            basis[:, j] = vector / length
+            return True
+        return False
+
+    spent = [j for j in range(len(Q)) if not added(j, Y[:, j])]
+    largest = 1.0
+    for j in spent:
+        assert added(j, Q[:, j])
+    return basis
+
+
 class Factors:
     """The Kronecker factors of one parameter."""
 
@@ -101,8 +123,7 @@ class Factors:
     def refresh(self):
         """One power step and one orthonormalisation of every basis."""
         self.bases = [
-            np.linalg.qr(s @ q)[0]
-            for s, q in zip(self.factors, self.bases, strict=True)
+            orthonormal(s @ q, q) for s, q in zip(self.factors, self.bases, strict=True)
         ]
 
 

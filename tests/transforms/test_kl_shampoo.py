@@ -104,9 +104,9 @@ def one_sided(grads, *, b2, momentum, every):
 
 
 def test_two_sides_follow_the_coupled_recursion(rng):
-    # The longer side of a matrix that isn't square starts with a null space, whose
-    # basis is arbitrary; the recordings cover such matrices.
-    history = gradients(rng, {"square": (6, 6), "stack": (3, 6, 6)})
+    # The longer side of a matrix that isn't square starts with a null space.
+    shapes = {"square": (6, 6), "stack": (3, 6, 6), "wide": (4, 9), "tall": (7, 5)}
+    history = gradients(rng, shapes)
     tx = fo.kl_shampoo(
         optax.trace(0.9),
         b2=0.7,
@@ -118,7 +118,9 @@ def test_two_sides_follow_the_coupled_recursion(rng):
     )
     updates, _ = run(tx, history)
     follow = functools.partial(two_sided, b2=0.7, momentum=0.9, every=2)
-    _compare.assert_within(updates["square"], follow(history["square"]), TOLERANCE)
+    for name in ("square", "wide", "tall"):
+        expected = follow(history[name])
+        _compare.assert_within(updates[name], expected, TOLERANCE, name)
     for i in range(3):
         expected = follow(history["stack"][:, i])
         _compare.assert_within(updates["stack"][:, i], expected, TOLERANCE, f"{i}")

@@ -79,9 +79,9 @@ class TestPublishedModel:
         )
         # The published function returns the null half as well; ours has no use for it.
         expected = golden().nhwc(f"cfgout/scale{scale}")[:4]
-        # Guidance multiplies rounding errors by up to 2 * scale - 1.
-        atol = PARITY * (2 * float(scale) - 1)
-        chex.assert_trees_all_close(out, expected, atol=atol)
+        # Guidance multiplies rounding errors by up to 2 * scale - 1: 2.3e-5 at scale 4,
+        # 9e-6 of it by this code and the rest by the rounding of the stored weights.
+        chex.assert_trees_all_close(out, expected, atol=PARITY)
 
     def test_intermediates(self):
         params, config, arrays = golden()

@@ -1,7 +1,7 @@
 r"""What a step of each diffusion sampler multiplies by.
 
 The coefficients of a whole run are computed here, once, in float64; the sampler casts
-them to float32 and scans over them.
+them to the type of its images, float32 as a rule, and scans over them.
 """
 
 from typing import NamedTuple

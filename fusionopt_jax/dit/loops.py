@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from fusionopt_jax import _checks
@@ -31,10 +32,11 @@ class Samples(NamedTuple):
     """What a sampling loop returns.
 
     Attributes:
-        images: The finished images, [batch, height, width, channels], float32.
+        images: The finished images, [batch, height, width, channels], in the type of
+            the noise, at least float32.
         previews: Predictions of the clean image along the way,
-            [previews, batch, height, width, channels], float32; the last belongs to the
-            last step.
+            [previews, batch, height, width, channels], in the type of the images; the
+            last belongs to the last step.
     """
 
     images: Float[Array, "batch height width channels"]
@@ -61,7 +63,9 @@ def run_sampler(
         denoise: Called as `denoise(image, time, condition)` with an image batch, a
             scalar model time and one slice of `conditions`; returns the prediction,
             [batch, height, width, channels] or with twice the channels.
-        noise: Standard normal, [batch, height, width, channels].
+        noise: Standard normal, [batch, height, width, channels]. The loop computes in
+            its type: float64 for float64, which JAX has under `jax.enable_x64`, and
+            float32 for any other.
         conditions: A tree whose leaves have a leading axis like `eval_times`; the
             loop scans over it.
         key: For samplers that draw noise.
@@ -92,20 +96,21 @@ def run_sampler(
             f"`previews` must be at most the number of steps, {sampler.steps}, got "
             f"{previews}."
         )
-    image = jnp.asarray(noise, jnp.float32)
-    shown = jnp.zeros((previews, *image.shape), jnp.float32)
+    dtype = jnp.promote_types(jnp.asarray(noise).dtype, jnp.float32)
+    image = jnp.asarray(noise, dtype)
+    shown = jnp.zeros((previews, *image.shape), dtype)
     steps = Step(
         index=jnp.arange(1, sampler.steps + 1),
         time=jnp.asarray(sampler.host_times()),
         condition=conditions,
-        factors=_factors(sampler),
+        factors=_factors(sampler, dtype),
         draw=_draws(sampler, key, step_noise),
         slot=preview_slots(sampler.steps, previews),
     )
 
     def predict(image: Array, time: Array, condition: Any) -> Prediction:
         """The network's prediction and, if it has any, variance logits."""
-        output = denoise(image, time, condition).astype(jnp.float32)
+        output = denoise(image, time, condition).astype(dtype)
         _check_channels(sampler, image, output)
         prediction, logits = jnp.split(output, [image.shape[-1]], axis=-1)
         return prediction, logits
@@ -154,8 +159,8 @@ def _advance(
     return multistep_step(image, prediction, factors, memory, clip=sampler.clip)
 
 
-def _factors(sampler: Sampler) -> Any:
-    """The coefficients of every step, as float32 arrays of a leading step axis."""
+def _factors(sampler: Sampler, dtype: DTypeLike) -> Any:
+    """The coefficients of every step, as arrays of a leading step axis."""
     if sampler.is_flow:
         grid = schedules.flow_times(sampler.steps, sampler.shift)
         factors: Any = (grid[:-1], np.diff(grid))
@@ -169,7 +174,7 @@ def _factors(sampler: Sampler) -> Any:
             if sampler.method == "ddpm"
             else coefficients.implicit_coefficients(times, sampler.eta)
         )
-    return jax.tree.map(lambda values: jnp.asarray(values, jnp.float32), factors)
+    return jax.tree.map(lambda values: jnp.asarray(values, dtype), factors)
 
 
 def _draws(sampler: Sampler, key: Any, step_noise: Any) -> Any:

@@ -1,8 +1,8 @@
 r"""The noise schedule of training, and the time grids of sampling.
 
 Everything here is host arithmetic in float64 on a handful of numbers per step. A
-sampler casts the result to float32 once and feeds it to its loop, so no schedule is
-recomputed, in lower precision, inside the compiled program.
+sampler casts the result once, to the type of its images, and feeds it to its loop, so
+no schedule is recomputed, in lower precision, inside the compiled program.
 
 Two families share the module:
 

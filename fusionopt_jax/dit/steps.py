@@ -138,8 +138,8 @@ def heun_loop(
 def fresh_noise(draw: Array, image: Array) -> Array:
     """Noise from a key, or the noise that was handed in."""
     if draw.shape == image.shape:
-        return draw.astype(jnp.float32)
-    return jax.random.normal(draw, image.shape, jnp.float32)
+        return draw.astype(image.dtype)
+    return jax.random.normal(draw, image.shape, image.dtype)
 
 
 def preview_slots(steps: int, previews: int) -> Int[Array, " steps"]:

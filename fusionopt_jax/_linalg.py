@@ -185,28 +185,41 @@ def newton_schulz(
     X = G.astype(jnp.float32)
     norm = frobenius_norm(X) * safety + eps
     X = X / jnp.where(norm > 0, norm, 1)
+    R = None
     if preconditioner == "aol":
-        X = _aol_scale(X) / safety
+        # The bounds need the Gram matrix; scaled, it serves the first step as well.
+        R = _product(X, X.mT, operand)
+        scale = _aol_scale(R) / safety
+        X, R = scale * X, scale * R * scale.mT
     X = X.astype(storage)
     if method == "plain":
-        return _plain_steps(X, table, operand).astype(jnp.float32)
+        return _plain_steps(X, R, table, operand).astype(jnp.float32)
     for segment in gram_segments(table, hot_dtype):
-        X = _gram_steps(X, segment, operand)
+        X, R = _gram_steps(X, R, segment, operand), None
     return X.astype(jnp.float32)
 
 
-def _plain_steps(X: Array, table: CoefficientTable, operand: jnp.dtype) -> Array:
-    """X ← (aI + bR + cR²) X for each row of the table, R = XXᵀ."""
+def _plain_steps(
+    X: Array, R: Array | None, table: CoefficientTable, operand: jnp.dtype
+) -> Array:
+    """X ← (aI + bR + cR²) X for each row of the table; R = XXᵀ, given or computed."""
+
+    def following(X: Array, R: Array, row: Array) -> Array:
+        Z = row[1] * R + row[2] * _product(R, R, operand)
+        return (row[0] * X + _product(Z, X, operand)).astype(X.dtype)
 
     def step(X: Array, row: Array) -> tuple[Array, None]:
-        R = _product(X, X.mT, operand)
-        Z = row[1] * R + row[2] * _product(R, R, operand)
-        return (row[0] * X + _product(Z, X, operand)).astype(X.dtype), None
+        return following(X, _product(X, X.mT, operand), row), None
 
-    return jax.lax.scan(step, X, jnp.asarray(table, jnp.float32))[0]
+    rows = jnp.asarray(table, jnp.float32)
+    if R is not None:
+        X, rows = following(X, R, rows[0]), rows[1:]
+    return jax.lax.scan(step, X, rows)[0]
 
 
-def _gram_steps(X: Array, table: CoefficientTable, operand: jnp.dtype) -> Array:
+def _gram_steps(
+    X: Array, R: Array | None, table: CoefficientTable, operand: jnp.dtype
+) -> Array:
     """The same polynomial with products of m × m matrices only."""
 
     def polynomial(R: Array, row: Array) -> Array:
@@ -221,7 +234,7 @@ def _gram_steps(X: Array, table: CoefficientTable, operand: jnp.dtype) -> Array:
         return (R, Z, row[0] * Q + _product(Z, Q, operand), row[0]), None
 
     rows = jnp.asarray(table, jnp.float32)
-    R = _product(X, X.mT, operand)
+    R = _product(X, X.mT, operand) if R is None else R
     Z = polynomial(R, rows[0])
     first = (R, Z, _add_identity(Z, rows[0, 0]), rows[0, 0])
     (_, _, Q, _), _ = jax.lax.scan(step, first, rows[1:])
@@ -260,9 +273,8 @@ def _add_identity(Z: Array, a: Array) -> Array:
     return Z + a * jnp.broadcast_to(identity, Z.shape)
 
 
-def _aol_scale(X: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
-    """diag(s) X, s_i = (Σ_j |XXᵀ|_ij)^(-1/2): no singular value exceeds 1."""
-    row_sums = jnp.sum(jnp.abs(_product(X, X.mT, jnp.dtype(jnp.float32))), axis=-1)
+def _aol_scale(R: Float[Array, "*batch m m"]) -> Float[Array, "*batch m 1"]:
+    """s_i = (Σ_j |R_ij|)^(-1/2), R = XXᵀ: diag(s) X has no singular value above 1."""
+    row_sums = jnp.sum(jnp.abs(R), axis=-1, keepdims=True)
     positive = row_sums > 0
-    scale = jnp.where(positive, jax.lax.rsqrt(jnp.where(positive, row_sums, 1)), 0)
-    return X * scale[..., None]
+    return jnp.where(positive, jax.lax.rsqrt(jnp.where(positive, row_sums, 1)), 0)

@@ -122,16 +122,44 @@ def test_aol_scales_below_one_and_does_in_four_steps_what_takes_five():
     for shape in SHAPES:
         X = rng.normal(size=shape)
         X /= np.linalg.norm(X)
-        scaled = np.asarray(_linalg._aol_scale(jnp.asarray(X, jnp.float32)))
+        scaled = X * _linalg._aol_scale(jnp.asarray(X @ X.T, jnp.float32))
         # Almost-orthogonal rows: no singular value above 1, none below the norm's.
         assert np.linalg.norm(scaled, 2) <= 1 + 1e-6
         assert np.linalg.norm(scaled, 2) >= np.linalg.norm(X, 2)
+        # arXiv 2512.04632: each row over the root of its sum of absolute products.
+        sums = np.abs(X @ X.T).sum(axis=1, keepdims=True)
+        _compare.assert_within(scaled, X / np.sqrt(sums), 1e-6)
     matrix, left, right = with_values(np.linspace(1.0, 0.3, 8), (8, 40))
     polar = left @ right
     error = lambda **settings: np.linalg.norm(  # noqa: E731
         orthogonalize(matrix, coefficients="polar_express", **settings) - polar
     )
     assert error(steps=4, preconditioner="aol") < error(steps=4)
+
+
+@pytest.mark.parametrize("hot_dtype", list(HALF))
+@pytest.mark.parametrize("method", ["plain", "gram"])
+@pytest.mark.parametrize("coefficients", ["quintic", "polar_express"])
+def test_aol_steps_follow_the_scaled_matrix(hot_dtype, method, coefficients):
+    """The first Gram matrix is scaled, not computed again."""
+    matrix, _, _ = with_values(np.geomspace(1.0, 0.05, 8), (8, 40), seed=6)
+    rows = _linalg.coefficient_table(coefficients, 4)
+    sums = np.abs(matrix @ matrix.T).sum(axis=1, keepdims=True)
+    X = matrix / np.sqrt(sums) / _linalg.safety_factor(coefficients)
+    for a, b, c in rows:
+        R = X @ X.T
+        X = a * X + (b * R + c * R @ R) @ X
+    actual = orthogonalize(
+        matrix,
+        coefficients=coefficients,
+        steps=4,
+        method=method,
+        preconditioner="aol",
+        hot_dtype=hot_dtype,
+        eps=0.0,
+    )
+    relative = np.linalg.norm(actual - X) / np.linalg.norm(X)
+    assert relative < HALF[hot_dtype]
 
 
 def test_the_norm_is_safe_in_every_range():

@@ -170,12 +170,19 @@ def counted_operations(function, *args):
 @pytest.mark.parametrize("steps_taken", [1, 4, 5, 8])
 @pytest.mark.parametrize("method", ["plain", "gram"])
 @pytest.mark.parametrize("hot_dtype", ["fp32", "bf16"])
-def test_operations_are_counted_exactly(coefficients, steps_taken, method, hot_dtype):
+@pytest.mark.parametrize("preconditioner", ["frobenius", "aol"])
+def test_operations_are_counted_exactly(
+    coefficients, steps_taken, method, hot_dtype, preconditioner
+):
     table = _linalg.coefficient_table(coefficients, steps_taken)
     stack = jax.ShapeDtypeStruct((1, 8, 24), jnp.float32)
     counted = counted_operations(
         lambda stack: _linalg.newton_schulz(
-            stack, table, method=method, hot_dtype=hot_dtype
+            stack,
+            table,
+            method=method,
+            hot_dtype=hot_dtype,
+            preconditioner=preconditioner,
         ),
         stack,
     )

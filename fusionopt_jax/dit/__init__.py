@@ -15,11 +15,10 @@ from fusionopt_jax.dit.cache import (
     StaleCacheError,
     TimeConditioningCache,
     build_cache,
-    cache_bytes,
     distinct_labels,
-    modulator_bytes,
     strip_modulators,
 )
+from fusionopt_jax.dit.cache_size import cache_bytes, modulator_bytes
 from fusionopt_jax.dit.cache_store import (
     CacheCounts,
     cache_counts,

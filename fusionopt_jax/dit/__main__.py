@@ -17,13 +17,8 @@ import numpy as np
 
 from fusionopt_jax._checks import did_you_mean
 from fusionopt_jax._types import Params
-from fusionopt_jax.dit.cache import (
-    build_cache,
-    cache_bytes,
-    distinct_labels,
-    modulator_bytes,
-    strip_modulators,
-)
+from fusionopt_jax.dit.cache import build_cache, distinct_labels, strip_modulators
+from fusionopt_jax.dit.cache_size import cache_bytes, modulator_bytes, size_text
 from fusionopt_jax.dit.checkpoint import from_pytorch
 from fusionopt_jax.dit.config import CONFIGS, DiTConfig
 from fusionopt_jax.dit.model import init_params
@@ -100,7 +95,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     add("--dtype", choices=tuple(_DTYPES), default="fp32", help="type of the products")
-    add("--no-cache", action="store_true", help="compute the modulation in every step")
+    add(
+        "--cache",
+        action=argparse.BooleanOptionalAction,
+        help="replace the modulators by a cache, or compute them in every step; "
+        "without either, there is a cache where it is no larger than they are",
+    )
     add("--out", required=True, type=pathlib.Path, help="a .png grid, or .npy images")
 
     inspect = commands.add_parser("inspect", help="sizes of a model and of its cache")
@@ -142,8 +142,9 @@ def _sample(options: argparse.Namespace) -> None:
     if options.sampler == "ddpm" and not config.learn_sigma:
         sampler = Sampler.ddpm(options.steps, "fixed_small", options.clip)
     cache = None
-    if not options.no_cache:
-        cache = build_cache(params, config, sampler.eval_times(), labels)
+    if _wants_cache(options.cache, config, len(sampler.host_times()), labels):
+        # The size was judged, or overruled, just before.
+        cache = build_cache(params, config, sampler.eval_times(), labels, force=True)
         params = strip_modulators(params)
     noise_key, step_key = jax.random.split(jax.random.key(options.seed))
     shape = (len(labels), config.input_size, config.input_size, config.in_channels)
@@ -165,6 +166,24 @@ def _sample(options: argparse.Namespace) -> None:
         options.out, np.asarray(images), columns=len(labels) // options.count
     )
     sys.stdout.write(f"{options.out}: {note}\n")
+
+
+def _wants_cache(
+    asked: bool | None, config: DiTConfig, steps: int, labels: np.ndarray
+) -> bool:
+    """Whether to sample with a cache, and one line that says which and why."""
+    count = len(distinct_labels(config, labels))
+    size, modulators = cache_bytes(config, steps, count), modulator_bytes(config)
+    wanted = size <= modulators if asked is None else asked
+    reason = (
+        f"{steps} steps x {count} labels take {size_text(size)}, "
+        f"{'more' if size > modulators else 'no more'} than the "
+        f"{size_text(modulators)} of modulators that they replace"
+    )
+    if asked is not None:
+        reason = f"asked for; {reason}"
+    sys.stdout.write(f"{'cache' if wanted else 'no cache'}: {reason}\n")
+    return wanted
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -228,14 +247,14 @@ def describe(params: Params, config: DiTConfig, steps: int, labels: int) -> str:
     lines = [
         *table,
         "",
-        f"{total:,} parameters, {_mebibytes(size)}",
+        f"{total:,} parameters, {size_text(size)}",
         f"image {config.input_size}x{config.input_size}x{config.in_channels}, "
         f"{config.num_tokens} tokens, {config.num_classes} classes, "
         f"learned variance: {'yes' if config.learn_sigma else 'no'}",
-        f"modulators {_mebibytes(modulators)} in fp32, "
+        f"modulators {size_text(modulators)} in fp32, "
         f"{modulators / 4 / total:.0%} of the parameters",
         f"cache of {steps} steps x {padded} labels (with the null label and padding): "
-        f"{_mebibytes(full)} in fp32, {_mebibytes(half)} in bf16",
+        f"{size_text(full)} in fp32, {size_text(half)} in bf16",
         "a cache is smaller than the modulators while steps x labels < "
         f"{config.hidden_size + 1}",
     ]
@@ -274,11 +293,6 @@ def _show_progress(step: int, total: int) -> None:
     """One line that is written over."""
     end = "\n" if step == total else ""
     sys.stderr.write(f"\rstep {step} of {total}{end}")
-
-
-def _mebibytes(size: int) -> str:
-    """A number of bytes for people."""
-    return f"{size / 2**20:,.1f} MiB"
 
 
 if __name__ == "__main__":

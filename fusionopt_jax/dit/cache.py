@@ -24,19 +24,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt32
 
 from fusionopt_jax._types import Params
+from fusionopt_jax.dit.cache_size import check_size
 from fusionopt_jax.dit.config import DiTConfig
 from fusionopt_jax.dit.fingerprint import DIGEST, PARTS, fingerprint
 from fusionopt_jax.dit.model import as_dict, check_labels
-from fusionopt_jax.dit.modulation import (
-    BLOCK_PARTS,
-    FINAL_PARTS,
-    block_parts,
-    conditioning,
-    final_parts,
-)
-
-SIZE_LIMIT = 256 * 2**20
-"""Bytes up to which a cache is built even if it is larger than the modulators."""
+from fusionopt_jax.dit.modulation import block_parts, conditioning, final_parts
 
 
 class StaleCacheError(ValueError):
@@ -129,51 +121,6 @@ def distinct_labels(config: DiTConfig, labels: Any) -> Int[np.ndarray, "u"]:
     return np.concatenate([distinct, padding]).astype(np.int32)
 
 
-def cache_bytes(
-    config: DiTConfig, steps: int, labels: int, dtype: DTypeLike = jnp.float32
-) -> int:
-    """Bytes of a cache, before building it.
-
-    A row, one (time, label) pair, has depth * 6 D + 2 D values with D = hidden_size.
-    A cache is smaller than the modulators it replaces if and only if
-    `steps` * `labels` < D + 1, when both have the same dtype.
-
-    Args:
-        config: The sizes of the model.
-        steps: Times in the schedule.
-        labels: Distinct labels with padding, as :func:`distinct_labels` returns.
-        dtype: Type of the table.
-
-    Returns:
-        The number of bytes.
-
-    Example:
-        >>> from fusionopt_jax.dit import CONFIGS
-        >>> cache_bytes(CONFIGS["DiT-XL/2"], steps=50, labels=2) / 2**20
-        74.7...
-    """
-    row = (config.depth * BLOCK_PARTS + FINAL_PARTS) * config.hidden_size
-    return steps * labels * row * jnp.dtype(dtype).itemsize
-
-
-def modulator_bytes(config: DiTConfig, dtype: DTypeLike = jnp.float32) -> int:
-    """Bytes of the weights that a cache replaces, a third of a DiT.
-
-    Args:
-        config: The sizes of the model.
-        dtype: Type of the weights.
-
-    Returns:
-        The number of bytes.
-
-    Example:
-        >>> from fusionopt_jax.dit import CONFIGS
-        >>> modulator_bytes(CONFIGS["DiT-XL/2"]) / 2**20
-        861.37...
-    """
-    return cache_bytes(config, 1, config.hidden_size + 1, dtype)
-
-
 def build_cache(
     params: Params,
     config: DiTConfig,
@@ -202,16 +149,21 @@ def build_cache(
         dtype: Type of the table. It is computed in fp32 and rounded once. bfloat16
             halves it, and moves samples by about 1e-2.
         include_zero_time: Add an entry for time 0 at the end, unless it is there.
-        force: Build it even if it is larger than the weights that it replaces and than
-            `SIZE_LIMIT` (256 MiB).
+        force: Build it without a word even if it is larger than the modulators that it
+            replaces: where steps * labels is above hidden_size + 1, at equal dtype.
+            Such a cache can still save time, but no memory.
 
     Returns:
         The cache.
 
     Raises:
         ValueError: If labels are out of range, times are not finite, the parameters
-            were stripped, or the cache would be too large.
+            were stripped, or the cache would be larger than both the modulators and
+            256 MiB (`cache_size.SIZE_LIMIT`).
         TypeError: If `times` or `labels` are traced by `jax.jit`.
+
+    Warns:
+        UserWarning: If the cache is larger than the modulators, up to 256 MiB.
 
     Example:
         >>> from fusionopt_jax.dit import init_params
@@ -223,20 +175,54 @@ def build_cache(
     Source: the layout is ours. Others precompute the same table for PyTorch and MLX
     models; `docs/dit.md` names them.
     """
-    params = as_dict(params)
     times = schedule_times(times, include_zero_time=include_zero_time)
     distinct = distinct_labels(config, labels)
+    return build_rows(as_dict(params), config, times, distinct, dtype, force=force)
+
+
+def build_rows(
+    params: Params,
+    config: DiTConfig,
+    times: Float[np.ndarray, "s"],
+    labels: Int[np.ndarray, "u"],
+    dtype: DTypeLike,
+    *,
+    force: bool,
+) -> TimeConditioningCache:
+    """`build_cache` for times and labels that were already checked and padded.
+
+    Args:
+        params: Full parameters, as a dict.
+        config: The sizes of the model.
+        times: What :func:`schedule_times` returns.
+        labels: What :func:`distinct_labels` returns.
+        dtype: Type of the table.
+        force: As `build_cache` has it. A warning names the line that called this
+            function's caller.
+
+    Returns:
+        The cache.
+
+    Raises:
+        ValueError: If the parameters were stripped, or the cache would be too large.
+
+    Example:
+        >>> from fusionopt_jax.dit import init_params
+        >>> config = DiTConfig(input_size=8, hidden_size=32, depth=2, num_heads=4)
+        >>> params, times = init_params(config), np.array([999.0], np.float32)
+        >>> labels = distinct_labels(config, [207])
+        >>> build_rows(params, config, times, labels, jnp.float32, force=False).nbytes
+        3584
+    """
     for part in ("blocks", "final_layer"):
         if "kernel" not in params[part].get("adaLN_modulation", {}):
             raise ValueError(
                 f"`params` have no {part}/adaLN_modulation/kernel: a cache is built "
                 "from the full parameters, before `strip_modulators`."
             )
-    weight_dtype = params["blocks"]["adaLN_modulation"]["kernel"].dtype
-    weights = modulator_bytes(config, weight_dtype)
-    size = cache_bytes(config, len(times), len(distinct), dtype)
     if not force:
-        _check_size(config, len(times), len(distinct), size, weights)
+        weight_dtype = params["blocks"]["adaLN_modulation"]["kernel"].dtype
+        check_size(config, len(times), len(labels), dtype, weight_dtype)
     used = {
         "t_embedder": params["t_embedder"],
         "y_embedder": params["y_embedder"],
@@ -245,13 +231,13 @@ def build_cache(
     }
     digests = fingerprint(used)
     block, final = _table(
-        used, jnp.asarray(times), jnp.asarray(distinct), config, jnp.dtype(dtype)
+        used, jnp.asarray(times), jnp.asarray(labels), config, jnp.dtype(dtype)
     )
     return TimeConditioningCache(
         block=block,
         final=final,
         times=jnp.asarray(times),
-        labels=jnp.asarray(distinct),
+        labels=jnp.asarray(labels),
         fingerprint=jnp.asarray(digests),
         config=config,
     )
@@ -299,24 +285,6 @@ def schedule_times(
     if include_zero_time and not np.any(values == 0.0):
         values = np.append(values, np.float32(0.0))
     return values
-
-
-def _check_size(
-    config: DiTConfig, steps: int, labels: int, size: int, weights: int
-) -> None:
-    """Refuse a cache that costs more memory than the weights it replaces."""
-    # Below the limit nobody runs out of memory, and a small model's cache is often
-    # larger than its modulators.
-    if size <= max(weights, SIZE_LIMIT):
-        return
-    raise ValueError(
-        f"a cache of {steps} steps x {labels} labels would take "
-        f"{size / 2**20:.0f} MiB, more than the {weights / 2**20:.0f} MiB of "
-        "modulators that it replaces (the break-even is steps x labels = "
-        f"{config.hidden_size + 1} at equal dtype). Sample without a cache "
-        "(cache=None), with fewer distinct labels or steps at a time, or pass "
-        "force=True."
-    )
 
 
 def strip_modulators(params: Params) -> Params:

@@ -16,7 +16,7 @@ from fusionopt_jax._types import Params
 from fusionopt_jax.dit.cache import (
     StaleCacheError,
     TimeConditioningCache,
-    build_cache,
+    build_rows,
     distinct_labels,
     schedule_times,
 )
@@ -78,7 +78,8 @@ def get_or_build_cache(
             whole or not at all. None keeps the cache in the process only.
         dtype: Type of the table.
         include_zero_time: Add an entry for time 0 at the end, unless it is there.
-        force: Build it even where `build_cache` would refuse its size.
+        force: Build it without a word where `build_cache` would refuse its size or
+            warn of it.
 
     Returns:
         The cache.
@@ -87,6 +88,9 @@ def get_or_build_cache(
         StaleCacheError: If the file belongs to other weights, times, labels, dtype or
             config, or is no cache. It is never overwritten.
         ValueError: As :func:`~fusionopt_jax.dit.build_cache` does.
+
+    Warns:
+        UserWarning: As `build_cache` does, and only where it is built.
 
     Example:
         >>> from fusionopt_jax.dit import init_params
@@ -124,9 +128,7 @@ def get_or_build_cache(
             ) from error
         _count("loads")
     else:
-        cache = build_cache(
-            params, config, host_times, distinct, dtype=dtype, force=force
-        )
+        cache = build_rows(params, config, host_times, distinct, dtype, force=force)
         _count("builds")
     if file is not None and not file.exists():
         save_cache(file, cache)
@@ -180,7 +182,7 @@ def save_cache(path: str | os.PathLike[str], cache: TimeConditioningCache) -> No
 
     Example:
         >>> import pathlib, tempfile
-        >>> from fusionopt_jax.dit import init_params
+        >>> from fusionopt_jax.dit import build_cache, init_params
         >>> config = DiTConfig(input_size=8, hidden_size=32, depth=2, num_heads=4)
         >>> cache = build_cache(init_params(config), config, [999.0], [207])
         >>> with tempfile.TemporaryDirectory() as folder:

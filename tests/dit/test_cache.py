@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import subprocess
+import sys
 
 import chex
 import jax
@@ -12,7 +14,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fusionopt_jax import dit
-from fusionopt_jax.dit import cache_store
+from fusionopt_jax.dit import cache_size, cache_store
 from fusionopt_jax.dit.fingerprint import PARTS, array_digest
 from tests.dit._models import CONFIG, golden, random_batch, random_params, run
 from tests.references import dit as reference
@@ -52,7 +54,10 @@ def cached_and_direct(params, cache, labels, step, **options):
 class TestTable:
     def test_matches_the_published_model(self):
         params, config, arrays = golden()
-        cache = dit.build_cache(params, config, arrays["cache/t"], np.arange(10))
+        # All classes of a small model: more rows than its modulators have, on purpose.
+        cache = dit.build_cache(
+            params, config, arrays["cache/t"], np.arange(10), force=True
+        )
         steps, labels = arrays["cache/steps"], arrays["cache/labels"]
         rows = np.asarray(dit.cache_rows(cache, labels))
         block = np.asarray(cache.block)[steps][:, :, rows].swapaxes(1, 2)
@@ -399,13 +404,68 @@ class TestSize:
         assert dit.cache_bytes(CONFIG, steps=rows, labels=1) == weights
         assert dit.cache_bytes(CONFIG, 1, rows, jnp.bfloat16) == weights // 2
 
-    def test_larger_than_the_weights_is_refused(self, params, monkeypatch):
-        monkeypatch.setattr(dit.cache, "SIZE_LIMIT", 0)
+    @pytest.mark.parametrize(
+        ("table", "weights", "steps"),
+        [
+            (jnp.float32, jnp.float32, 17),
+            (jnp.bfloat16, jnp.float32, 34),
+            (jnp.float32, jnp.bfloat16, 8),
+        ],
+    )
+    def test_warns_from_the_break_even_on(self, params, table, weights, steps):
+        params = jax.tree.map(lambda leaf: leaf.astype(weights), params)
+
+        def build(steps, **options):
+            # The null label alone: one row for each time.
+            times = np.arange(float(steps))
+            return dit.build_cache(params, CONFIG, times, [10], dtype=table, **options)
+
+        # Warnings are errors here, so this says that there is none.
+        assert build(steps).times.shape == (steps,)
+        with pytest.warns(UserWarning, match="than the .* of modulators") as caught:
+            build(steps + 1)
+        assert len(caught) == 1
+        assert build(steps + 1, force=True).times.shape == (steps + 1,)
+
+    def test_warning_says_sizes_and_what_to_do(self):
+        params, config, arrays = golden()
+        with pytest.warns(UserWarning, match="a cache of") as caught:
+            dit.build_cache(params, config, arrays["cache/t"], np.arange(10))
+        assert str(caught[0].message) == (
+            "a cache of 10 steps x 16 labels takes 1.2 MiB, more than the 0.71 MiB of "
+            "modulators that it replaces (they break even at steps x labels = 97): it "
+            "can save time, but no memory. Pass force=True to build it without this "
+            "warning, or sample without a cache (cache=None)."
+        )
+
+    def test_warning_names_the_line_of_the_caller(self):
+        # Type checks at run time would stand between the caller and the library: hence
+        # a process without them.
+        program = """
+import numpy as np
+from fusionopt_jax import dit
+config = dit.DiTConfig(input_size=4, hidden_size=16, num_heads=2, depth=1)
+params, times = dit.init_params(config), np.arange(9.0)
+dit.build_cache(params, config, times, [1])
+dit.get_or_build_cache(params, config, times, [1])
+"""
+        done = subprocess.run(
+            [sys.executable, "-W", "always", "-c", program],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        )
+        for line in (6, 7):
+            assert f"<string>:{line}: UserWarning: a cache of 9" in done.stderr
+
+    def test_larger_than_the_limit_is_refused(self, params, monkeypatch):
+        monkeypatch.setattr(cache_size, "SIZE_LIMIT", 0)
         times = np.arange(5.0)
-        with pytest.raises(ValueError, match=r"steps x labels = 17.*force=True"):
-            dit.build_cache(params, CONFIG, times, LABELS)
-        forced = dit.build_cache(params, CONFIG, times, LABELS, force=True)
-        assert forced.times.shape == (5,)
+        for build in (dit.build_cache, dit.get_or_build_cache):
+            with pytest.raises(ValueError, match=r"steps x labels = 17.*force=True"):
+                build(params, CONFIG, times, LABELS)
+            assert build(params, CONFIG, times, LABELS, force=True).times.shape == (5,)
 
     def test_limit_applies_to_published_sizes(self):
         config = dit.CONFIGS["DiT-XL/2"]
@@ -432,6 +492,25 @@ class TestRegistry:
         assert dit.cache_counts() == (1, 0, 6)
         dit.clear_cache_registry()
         assert dit.cache_counts() == (0, 0, 0)
+
+    def test_warns_of_the_size_only_where_it_builds(self, params, tmp_path):
+        path, times = tmp_path / "cache.npz", np.arange(5.0)
+
+        def get(**options):
+            return dit.get_or_build_cache(
+                params, CONFIG, times, LABELS, path=path, **options
+            )
+
+        with pytest.warns(UserWarning, match="5 steps x 4 labels"):
+            get()
+        get()
+        dit.clear_cache_registry()
+        get()
+        assert dit.cache_counts() == (0, 1, 0)
+        dit.clear_cache_registry()
+        path.unlink()
+        get(force=True)
+        assert dit.cache_counts() == (0, 0, 1)
 
     def test_stripped_parameters_find_what_full_ones_built(self, params):
         first = dit.get_or_build_cache(params, CONFIG, TIMES, LABELS)

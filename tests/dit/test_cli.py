@@ -40,7 +40,9 @@ def sampled(weights, path, *extra):
 
 def test_sample_writes_what_the_library_samples(weights, tmp_path, capsys):
     images = sampled(weights, tmp_path / "a.npy", "--count", 2, "--cfg", 2)
-    assert "4 latents of shape 4x4x4" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.startswith("cache: 3 steps x 4 labels")
+    assert "4 latents of shape 4x4x4" in out
     params, config = dit.from_pytorch(weights, num_heads=2)
     noise = jax.random.normal(jax.random.split(jax.random.key(0))[0], (4, 4, 4, 4))
     expected = dit.sample(
@@ -49,6 +51,34 @@ def test_sample_writes_what_the_library_samples(weights, tmp_path, capsys):
     # With the cache here, without there.
     scale = np.abs(expected).max()
     np.testing.assert_allclose(images / scale, expected / scale, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("steps", "flag", "builds", "line"),
+    [
+        # The model is 32 wide: 33 rows break even, and a request has 4 labels.
+        (8, (), 1, "cache: 8 steps x 4 labels take 0.031 MiB, no more than the 0.032"),
+        (9, (), 0, "no cache: 9 steps x 4 labels take 0.0"),
+        (9, ("--cache",), 1, "cache: asked for; 9 steps x 4 labels take 0.0"),
+        (8, ("--no-cache",), 0, "no cache: asked for; 8 steps x 4 labels take 0.0"),
+    ],
+)
+def test_a_cache_is_used_where_it_saves_memory_unless_told_otherwise(
+    weights, tmp_path, capsys, monkeypatch, steps, flag, builds, line
+):
+    built = []
+
+    def build(*arguments, **options):
+        built.append(dit.build_cache(*arguments, **options))
+        return built[-1]
+
+    monkeypatch.setattr(command, "build_cache", build)
+    sampled(weights, tmp_path / "a.npy", "--steps", steps, *flag)
+    assert len(built) == builds
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith(line)
+    assert said[0].endswith("MiB of modulators that they replace")
+    assert len(said) == 2
 
 
 @pytest.mark.parametrize(

@@ -69,8 +69,8 @@ def judge(
 ) -> dict[str, Any]:
     """Label accuracy and Fréchet distance of unguided images, and what to expect."""
     labels = np.arange(settings.generated, dtype=np.int32) % config.num_classes
-    # Forced: for all classes it is larger than the modulators of a model this small, but
-    # the images to judge are those of the cache.
+    # Forced: for all classes it is larger than the modulators of a small model, but the
+    # images to judge are those of the cache.
     cache = dit.build_cache(params, config, sampler.eval_times(), labels, force=True)
     weights = dit.strip_modulators(params)
     noise = draw_noise(config, settings.seed, 1, len(labels))

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import tempfile
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -25,6 +24,7 @@ from fusionopt_jax.dit.config import DiTConfig
 from fusionopt_jax.dit.fingerprint import PARTS, fingerprint
 from fusionopt_jax.dit.model import as_dict
 from fusionopt_jax.dit.modulation import BLOCK_PARTS, FINAL_PARTS
+from fusionopt_jax.dit.whole_file import replacing
 
 REGISTRY_SIZE = 8
 """Caches that a process keeps; the one unused for longest leaves first."""
@@ -191,7 +191,6 @@ def save_cache(path: str | os.PathLike[str], cache: TimeConditioningCache) -> No
         >>> bool((loaded.block == cache.block).all())
         True
     """
-    path = pathlib.Path(path)
     arrays = {
         "format": np.array(_FORMAT),
         "dtype": np.array(cache.block.dtype.name),
@@ -203,17 +202,8 @@ def save_cache(path: str | os.PathLike[str], cache: TimeConditioningCache) -> No
         "block": np.asarray(cache.block).reshape(-1).view(np.uint8),
         "final": np.asarray(cache.final).reshape(-1).view(np.uint8),
     }
-    # In the same folder, since only a rename within one file system is atomic.
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            np.savez(stream, **arrays)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(scratch, path)
-    except BaseException:
-        pathlib.Path(scratch).unlink(missing_ok=True)
-        raise
+    with replacing(path) as stream:
+        np.savez(stream, **arrays)
 
 
 def load_cache(path: str | os.PathLike[str]) -> TimeConditioningCache:

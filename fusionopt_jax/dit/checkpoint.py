@@ -1,8 +1,7 @@
-"""Weights of the published PyTorch DiT, in and out."""
+"""The layout of the published PyTorch DiT's weights, in and out."""
 
 import math
 import os
-import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +14,7 @@ from fusionopt_jax._types import Params
 from fusionopt_jax.dit.config import TIME_FEATURES, DiTConfig
 from fusionopt_jax.dit.embeddings import position_embedding
 from fusionopt_jax.dit.model import as_dict, init_params
-from fusionopt_jax.dit.torch_file import TensorRecord, TorchFile
+from fusionopt_jax.dit.weight_files import listed, read_weights
 
 _HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 """Heads of the published widths; the weights do not show their number."""
@@ -41,8 +40,6 @@ _POSITIONS = "pos_embed"
 
 _POSITION_TOLERANCE = 1e-2
 """Far above the rounding of a bfloat16 file, far below what a learned table differs."""
-
-_ENTRIES = ("ema", "model", "state_dict")
 
 
 def from_pytorch(
@@ -89,10 +86,7 @@ def from_pytorch(
 
     Source: names and layouts of the PyTorch model that Peebles and Xie published.
     """
-    if isinstance(state_dict, str | os.PathLike):
-        arrays = _read_file(pathlib.Path(state_dict), entry)
-    else:
-        arrays = _read_mapping(_choose_entry(state_dict, entry, "`state_dict`"))
+    arrays = read_weights(state_dict, entry)
     arrays = {name.removeprefix("module."): value for name, value in arrays.items()}
     config = _read_config(arrays, num_heads, has_null_label, time_scale)
     _check_entries(arrays, config)
@@ -183,110 +177,6 @@ def _put(tree: Params, path: tuple[str, ...], value: Params) -> None:
     tree[path[-1]] = value
 
 
-def _read_file(path: pathlib.Path, entry: str | None) -> dict[str, np.ndarray]:
-    """The arrays of a weight file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no weight file {path}.")
-    suffix = path.suffix.lower()
-    if suffix in (".pt", ".pth", ".ckpt"):
-        with TorchFile(path) as file:
-            chosen = _choose_entry(file.content, entry, str(path))
-            records = {
-                name: file.array(value) if isinstance(value, TensorRecord) else value
-                for name, value in chosen.items()
-            }
-        return _read_mapping(records)
-    if suffix == ".safetensors":
-        return _read_mapping(_choose_entry(_read_safetensors(path), entry, str(path)))
-    if suffix == ".npz":
-        return _read_mapping(_choose_entry(_read_npz(path), entry, str(path)))
-    raise ValueError(
-        f"{path} must end in .pt, .pth, .ckpt, .safetensors or .npz, so that its "
-        "format is known."
-    )
-
-
-def _read_safetensors(path: pathlib.Path) -> dict[str, Any]:
-    """The arrays of a `.safetensors` file."""
-    try:
-        from safetensors import flax as safetensors_flax
-    except ImportError as error:
-        raise ImportError(
-            "reading .safetensors needs safetensors, which is not installed; install "
-            'the extra `examples`: pip install "fusionopt-jax[examples]".'
-        ) from error
-    try:
-        return dict(safetensors_flax.load_file(os.fspath(path)))
-    except Exception as error:
-        raise ValueError(f"{path} is not a readable .safetensors: {error}.") from error
-
-
-def _read_npz(path: pathlib.Path) -> dict[str, Any]:
-    """The arrays of an `.npz` file; pickled objects in it are refused."""
-    try:
-        # Opened here, since np.load forgets to close what it can't read.
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except Exception as error:
-        # Damaged bytes can fail anywhere: zip, zlib, the header of an array.
-        raise ValueError(f"{path} is not a readable .npz: {error}.") from error
-
-
-def _choose_entry(content: Any, entry: str | None, source: str) -> Mapping[str, Any]:
-    """The state dict inside a checkpoint."""
-    if not isinstance(content, Mapping):
-        raise ValueError(
-            f"{source} holds a {type(content).__name__} instead of a dict of weights; "
-            "save model.state_dict()."
-        )
-    if entry is None:
-        nested = [key for key in _ENTRIES if isinstance(content.get(key), Mapping)]
-        content = content[nested[0]] if nested else content
-    elif isinstance(content.get(entry), Mapping):
-        content = content[entry]
-    else:
-        names = [str(key) for key in content if isinstance(content[key], Mapping)]
-        raise ValueError(
-            f"{source} has no `entry` {entry!r}; "
-            + (
-                f"it has {', '.join(names)}."
-                if names
-                else "it is one plain state dict."
-            )
-        )
-    wrong = [key for key in content if not isinstance(key, str)]
-    if wrong:
-        raise ValueError(f"{source} has names that are not text, such as {wrong[0]!r}.")
-    return content
-
-
-def _read_mapping(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Every value as a finite fp32 array."""
-    arrays, wrong = {}, []
-    for name, value in state_dict.items():
-        if hasattr(value, "detach"):
-            # A PyTorch tensor: NumPy reads neither bfloat16 nor gradients from one.
-            value = value.detach().float().cpu().numpy()
-        array = np.asarray(value) if hasattr(value, "dtype") else None
-        if array is None or not jnp.issubdtype(array.dtype, jnp.floating):
-            kind = type(value).__name__ if array is None else str(array.dtype)
-            wrong.append(f"{name} is {kind} instead of floating point")
-            continue
-        array = array.astype(np.float32)
-        if not np.all(np.isfinite(array)):
-            wrong.append(f"{name} holds values that are not finite")
-        arrays[name] = array
-    if wrong:
-        raise ValueError(_listed("these weights can't be used", wrong))
-    return arrays
-
-
-def _listed(title: str, lines: list[str]) -> str:
-    """A title and its lines, the first twenty of them."""
-    more = [f"and {len(lines) - 20} more"] if len(lines) > 20 else []
-    return "\n  ".join([f"{title}:", *lines[:20], *more])
-
-
 def _read_config(
     arrays: Mapping[str, np.ndarray],
     num_heads: int | None,
@@ -309,7 +199,7 @@ def _read_config(
         if name not in arrays or arrays[name].ndim != rank
     ]
     if problems:
-        raise ValueError(_listed("these are not the weights of a DiT", problems))
+        raise ValueError(listed("these are not the weights of a DiT", problems))
     width, channels, patch, _ = arrays[f"{_PATCH}.weight"].shape
     tokens = arrays[_POSITIONS].shape[1]
     rows = arrays[_TABLE].shape[0]
@@ -326,7 +216,7 @@ def _read_config(
     if rows <= int(has_null_label):
         problems.append(f"{_TABLE} has {rows} rows, too few for a class")
     if problems:
-        raise ValueError(_listed("these are not the weights of a DiT", problems))
+        raise ValueError(listed("these are not the weights of a DiT", problems))
     if num_heads is None and width not in _HEADS:
         raise ValueError(
             f"`num_heads` is needed: the weights do not show it, and width {width} is "
@@ -391,7 +281,7 @@ def _check_entries(arrays: Mapping[str, np.ndarray], config: DiTConfig) -> None:
         if name in arrays and arrays[name].shape != shape
     ]
     if problems:
-        raise ValueError(_listed("these are not the weights of a DiT", problems))
+        raise ValueError(listed("these are not the weights of a DiT", problems))
 
 
 def _check_positions(table: np.ndarray, config: DiTConfig) -> None:
@@ -425,4 +315,4 @@ def _check_params(params: Params, config: DiTConfig) -> None:
     ]
     problems += [f"{name} is unexpected" for name in held if name not in wanted]
     if problems:
-        raise ValueError(_listed("`params` do not fit the config", problems))
+        raise ValueError(listed("`params` do not fit the config", problems))

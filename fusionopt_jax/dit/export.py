@@ -4,22 +4,11 @@ The program is compiled code's portable form (StableHLO through `jax.export`), l
 for several platforms at once. It takes the weights as arguments, so the file holds them
 once. With a cache the program reads neither modulators nor embedders, and none are
 written.
-
-The file is a zip of `program.bin`, one `.npy` per array, `signature.json` and
-`README.txt`, which shows how to run it with JAX and NumPy alone. JAX reads programs
-with the FlatBuffers runtime, which it does not install, so the zip carries that small
-package too. Nothing in it is pickled.
 """
 
 import dataclasses
-import io
-import json
 import os
-import pathlib
-import tempfile
-import zipfile
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from typing import Any
 
 import jax
@@ -34,43 +23,10 @@ from fusionopt_jax._types import Params
 from fusionopt_jax.dit.cache import TimeConditioningCache
 from fusionopt_jax.dit.cache_use import check_cache
 from fusionopt_jax.dit.config import DiTConfig
+from fusionopt_jax.dit.export_archive import read_archive, write_archive
 from fusionopt_jax.dit.model import as_dict
 from fusionopt_jax.dit.samplers import Sampler
 from fusionopt_jax.dit.sampling import GuidedChannels, check_sampler, walk
-
-FORMAT = "fusionopt_jax sampler 1"
-"""First entry of `signature.json`; a reader refuses any other."""
-
-README = """\
-A sampler of a diffusion transformer, to be run with JAX and NumPy alone:
-
-import io, json, sys, zipfile
-import jax, numpy as np
-from jax import export
-
-sys.path.append("sampler.zip")    # the flatbuffers package, if there is none
-with zipfile.ZipFile("sampler.zip") as file:
-    signature = json.loads(file.read("signature.json"))
-    program = export.deserialize(bytearray(file.read("program.bin")))
-    arrays = [
-        np.load(io.BytesIO(file.read(a["file"]))).view(jax.numpy.dtype(a["dtype"]))
-        for a in signature["arrays"]
-    ]
-noise = np.random.default_rng(0).standard_normal(
-    (2, *signature["image_shape"]), dtype=np.float32
-)
-labels = np.array(signature["labels"][:1] * 2, np.int32)
-inputs = [arrays, noise, labels, np.float32(4.0)]    # 4.0: guidance scale
-if signature["needs_key"]:
-    inputs.append(np.array([0, 1], np.uint32))       # key data
-images = np.asarray(jax.jit(program.call)(*inputs))
-
-Only the labels in signature.json can be asked for; any other gives NaN.
-As with any program, run only files that you trust.
-
-The folder flatbuffers is the FlatBuffers runtime (https://github.com/google/flatbuffers,
-Apache License 2.0), unchanged.
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +139,7 @@ def export_sampler(
             the model does not predict.
 
     Example:
-        >>> import tempfile
+        >>> import pathlib, tempfile
         >>> from fusionopt_jax import dit
         >>> config = dit.DiTConfig(input_size=4, hidden_size=32, depth=1, num_heads=2)
         >>> params, sampler = dit.init_params(config), Sampler.euler(steps=2)
@@ -195,7 +151,6 @@ def export_sampler(
         >>> images.shape
         (1, 4, 4, 4)
     """
-    runtime = _flatbuffers_files()
     _checks.check_choice("guided", guided, (True, False))
     if batch_size is not None:
         _checks.check_integer("batch_size", batch_size, low=1)
@@ -243,7 +198,6 @@ def export_sampler(
         inputs.append(_key_data(jax.random.key(0)))
     exported = export.export(jax.jit(program), platforms=list(platforms))(*inputs)
     signature = {
-        "format": FORMAT,
         "jax_version": jax.__version__,
         "platforms": list(exported.platforms),
         "image_shape": list(image_shape),
@@ -255,12 +209,8 @@ def export_sampler(
         "model_times": sampler.host_times().tolist(),
         "sampler": dataclasses.asdict(sampler),
         "config": dataclasses.asdict(config),
-        "arrays": [
-            {"name": name, "file": f"arrays/{index}.npy", "dtype": array.dtype.name}
-            for index, (name, array) in enumerate(named)
-        ],
     }
-    _write(pathlib.Path(path), signature, exported.serialize(), named, runtime)
+    write_archive(path, signature, exported, named)
 
 
 def load_sampler(path: str | os.PathLike[str]) -> ExportedSampler:
@@ -280,25 +230,7 @@ def load_sampler(path: str | os.PathLike[str]) -> ExportedSampler:
     Example:
         See `export_sampler`.
     """
-    path = pathlib.Path(path)
-    _flatbuffers_files()
-    try:
-        with zipfile.ZipFile(path) as file:
-            signature = json.loads(file.read("signature.json"))
-            if signature.get("format") != FORMAT:
-                raise ValueError(
-                    f"its format is {signature.get('format')!r}, not {FORMAT!r}"
-                )
-            exported = export.deserialize(bytearray(file.read("program.bin")))
-            arrays = [
-                _read_array(file.read(entry["file"]), entry["dtype"])
-                for entry in signature["arrays"]
-            ]
-    except (zipfile.BadZipFile, KeyError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is not a sampler that `export_sampler` wrote: {error}; export it "
-            "again."
-        ) from error
+    signature, exported, arrays = read_archive(path)
     # JAX names its backend "gpu" where exports say "cuda".
     platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
     if platform not in exported.platforms:
@@ -336,63 +268,6 @@ def _arrays_of(
         )
 
     return list(zip(names, leaves, strict=True)), rebuild
-
-
-def _flatbuffers_files() -> dict[str, bytes]:
-    """The FlatBuffers runtime: Python files and its metadata, by path."""
-    try:
-        files = metadata.files("flatbuffers") or []
-    except metadata.PackageNotFoundError as error:
-        raise ImportError(
-            "programs are written and read with flatbuffers, which is not installed; "
-            'install the extra `dit`: pip install "fusionopt-jax[dit]".'
-        ) from error
-    kept = [f for f in files if f.suffix == ".py" or f.name == "METADATA"]
-    return {f.as_posix(): f.read_binary() for f in kept}
-
-
-def _write(
-    path: pathlib.Path,
-    signature: dict[str, Any],
-    program: bytes | bytearray,
-    named: list[tuple[str, Array]],
-    runtime: dict[str, bytes],
-) -> None:
-    """Write the zip beside its place, then move it there in one step."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with (
-            os.fdopen(handle, "wb") as stream,
-            zipfile.ZipFile(stream, "w") as file,
-        ):
-            file.writestr("README.txt", README)
-            file.writestr("signature.json", json.dumps(signature, indent=1))
-            file.writestr("program.bin", bytes(program))
-            for entry, (_, array) in zip(signature["arrays"], named, strict=True):
-                file.writestr(entry["file"], _array_bytes(array))
-            for name, content in runtime.items():
-                file.writestr(name, content)
-        pathlib.Path(temporary).replace(path)
-    except BaseException:
-        pathlib.Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _array_bytes(array: Array) -> bytes:
-    """An array in NumPy's file format; bfloat16, which it lacks, as its bits."""
-    host = np.asarray(array)
-    if host.dtype.kind not in "fiub" or host.dtype.name == "bfloat16":
-        host = host.view(f"u{host.dtype.itemsize}")
-    buffer = io.BytesIO()
-    np.save(buffer, host, allow_pickle=False)
-    return buffer.getvalue()
-
-
-def _read_array(data: bytes, dtype: str) -> Array:
-    """An array back from NumPy's file format."""
-    return jnp.asarray(
-        np.load(io.BytesIO(data), allow_pickle=False).view(jnp.dtype(dtype))
-    )
 
 
 def _key_data(key: PRNGKeyArray) -> Array:

@@ -1,4 +1,4 @@
-"""One guided evaluation of the network, for people who write their own sampler."""
+"""Classifier-free guidance of two predictions, and as one call of the network."""
 
 from typing import Any
 
@@ -8,7 +8,34 @@ from jaxtyping import Array, Float
 from fusionopt_jax._types import Params
 from fusionopt_jax.dit.config import DiTConfig
 from fusionopt_jax.dit.model import apply
-from fusionopt_jax.dit.sampling import guide
+
+
+def guide(
+    conditional: Float[Array, "batch height width outputs"],
+    unconditional: Float[Array, "batch height width outputs"],
+    cfg_scale: float | Float[Array, "..."],
+    channels: int,
+) -> Float[Array, "batch height width outputs"]:
+    """Classifier-free guidance of the first channels; the others stay conditional.
+
+    Args:
+        conditional: Prediction given the label.
+        unconditional: Prediction given the null label.
+        cfg_scale: Scalar, or one scale per image.
+        channels: How many channels are guided.
+
+    Returns:
+        The guided prediction; variance logits are those of the label.
+
+    Example:
+        >>> ones = jnp.ones((1, 1, 1, 2))
+        >>> guide(ones, 0 * ones, 4.0, channels=1)[0, 0, 0].tolist()
+        [4.0, 1.0]
+    """
+    scale = jnp.asarray(cfg_scale, conditional.dtype).reshape(-1, 1, 1, 1)
+    base = unconditional[..., :channels]
+    guided = base + scale * (conditional[..., :channels] - base)
+    return jnp.concatenate([guided, conditional[..., channels:]], axis=-1)
 
 
 def apply_with_guidance(

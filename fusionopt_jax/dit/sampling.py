@@ -24,6 +24,7 @@ from fusionopt_jax.dit import schedules
 from fusionopt_jax.dit.cache import TimeConditioningCache
 from fusionopt_jax.dit.cache_use import cache_rows, check_cache
 from fusionopt_jax.dit.config import DiTConfig
+from fusionopt_jax.dit.guidance import guide
 from fusionopt_jax.dit.loops import Samples, run_sampler
 from fusionopt_jax.dit.model import apply, check_labels
 from fusionopt_jax.dit.modulation import CachedModulation
@@ -127,11 +128,6 @@ def sample(
     if guided:
         # Raises where the model has no null label to guide with.
         _ = config.null_label
-    if sampler.is_random and key is None:
-        raise ValueError(
-            f"`key` is needed: {sampler.method!r} draws noise at every step; pass "
-            "key=jax.random.key(0), or sample with Sampler.ddim(eta=0)."
-        )
     if cache is not None:
         _check_cache_fits(cache, params, config, sampler, labels, guided)
     ticket = next(_tickets)
@@ -252,34 +248,6 @@ def walk(
         previews=previews,
         on_step=report if reports else None,
     )
-
-
-def guide(
-    conditional: Float[Array, "batch height width outputs"],
-    unconditional: Float[Array, "batch height width outputs"],
-    cfg_scale: float | Float[Array, "..."],
-    channels: int,
-) -> Float[Array, "batch height width outputs"]:
-    """Classifier-free guidance of the first channels; the others stay conditional.
-
-    Args:
-        conditional: Prediction given the label.
-        unconditional: Prediction given the null label.
-        cfg_scale: Scalar, or one scale per image.
-        channels: How many channels are guided.
-
-    Returns:
-        The guided prediction; variance logits are those of the label.
-
-    Example:
-        >>> ones = jnp.ones((1, 1, 1, 2))
-        >>> guide(ones, 0 * ones, 4.0, channels=1)[0, 0, 0].tolist()
-        [4.0, 1.0]
-    """
-    scale = jnp.asarray(cfg_scale, conditional.dtype).reshape(-1, 1, 1, 1)
-    base = unconditional[..., :channels]
-    guided = base + scale * (conditional[..., :channels] - base)
-    return jnp.concatenate([guided, conditional[..., channels:]], axis=-1)
 
 
 _STATIC = (

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fusionopt_jax.dit import Sampler, coefficients, run_sampler
-from fusionopt_jax.dit.sampling import guide
+from fusionopt_jax.dit.guidance import guide
 from fusionopt_jax.dit.steps import ancestral_step
 from tests._compare import assert_within
 from tests.references import samplers as reference

@@ -9,11 +9,12 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fusionopt_jax import dit
+from fusionopt_jax import dit, eval_params, schedule_free
 from fusionopt_jax.dit import cache_size, cache_store
 from fusionopt_jax.dit.fingerprint import PARTS, array_digest
 from tests.dit._models import CONFIG, golden, random_batch, random_params, run
@@ -254,7 +255,7 @@ def _with_delta(leaf):
 KERNEL = ("blocks", "adaLN_modulation", "kernel")
 
 CHANGES = {
-    "average of weights, as eval_params returns": lambda params: jax.tree.map(
+    "average of weights": lambda params: jax.tree.map(
         lambda a, b: 0.5 * (a + b), params, random_params(CONFIG, seed=9)
     ),
     "swap to a moving average": lambda params: jax.tree.map(
@@ -285,6 +286,20 @@ class TestStale:
         changed = dit.strip_modulators(changed) if strip else changed
         with pytest.raises(dit.StaleCacheError, match="other weights"):
             dit.check_cache(cache, changed, CONFIG)
+
+    def test_average_of_a_schedule_free_run(self, params):
+        tx = schedule_free(optax.identity(), learning_rate=1e-3)
+        state, trained = tx.init(params), params
+        for _ in range(3):
+            updates, state = tx.update(params, state, trained)
+            trained = optax.apply_updates(trained, updates)
+        deployed = eval_params(state, trained)
+        dit.check_cache(
+            dit.build_cache(deployed, CONFIG, TIMES, LABELS), deployed, CONFIG
+        )
+        cache = dit.build_cache(trained, CONFIG, TIMES, LABELS)
+        with pytest.raises(dit.StaleCacheError, match="other weights"):
+            dit.check_cache(cache, deployed, CONFIG)
 
     @pytest.mark.parametrize("path", PARTS)
     def test_message_names_the_weight(self, params, cache, path):

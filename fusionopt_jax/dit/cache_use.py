@@ -44,11 +44,26 @@ def cache_rows(cache: TimeConditioningCache, labels: Any) -> Int[Array, "b"]:
     """
     if not isinstance(labels, Tracer) and not isinstance(cache.labels, Tracer):
         _check_cached_labels(cache, np.asarray(labels))
-    labels = jnp.asarray(labels).astype(jnp.int32)
-    matches = labels[:, None] == cache.labels[None, :]
-    beyond = jnp.int32(cache.labels.shape[0])
+    return label_rows(cache.labels, jnp.asarray(labels))
+
+
+def label_rows(known: Int[Array, "known"], labels: Int[Array, "b"]) -> Int[Array, "b"]:
+    """The first place of each label among those of a table; one past it for others.
+
+    Args:
+        known: `[known]` labels that the table has.
+        labels: `[batch]` labels that are looked for.
+
+    Returns:
+        `[batch]` int32.
+
+    Example:
+        >>> label_rows(jnp.array([3, 7, 10, 10]), jnp.array([10, 3, 5])).tolist()
+        [2, 0, 4]
+    """
+    matches = labels[:, None] == known[None, :]
     first = jnp.argmax(matches, axis=1).astype(jnp.int32)
-    return jnp.where(jnp.any(matches, axis=1), first, beyond)
+    return jnp.where(jnp.any(matches, axis=1), first, jnp.int32(known.shape[0]))
 
 
 def step_modulation(

@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from fusionopt_jax._types import Params, PyTree
 from fusionopt_jax.dit.cache import StaleCacheError, schedule_times
+from fusionopt_jax.dit.cache_use import label_rows
 from fusionopt_jax.dit.fingerprint import array_digest
 
 Modulate: TypeAlias = Callable[[Any, Array, Array], Any]
@@ -206,8 +207,7 @@ def take_rows(
         >>> take_rows(mods, jnp.array([3, 7]), jnp.array([7, 3, 7])).tolist()
         [[2.0], [1.0], [2.0]]
     """
-    matches = known[None, :] == labels[:, None]
-    rows = jnp.where(matches.any(axis=1), jnp.argmax(matches, axis=1), known.shape[0])
+    rows = label_rows(known, labels)
     return jax.tree.map(
         lambda leaf: jnp.take(leaf, rows, axis=0, mode="fill", fill_value=jnp.nan), mods
     )

@@ -180,11 +180,19 @@ def power_step(
     """
     Y = product(S, Q, precision)
     norms = jnp.linalg.norm(Y, axis=1)
-    rounding = _rounding(S.shape[-1]) * jnp.max(norms, axis=1, keepdims=True)
+    rounding = _rounding(S.shape[-1]) * jnp.max(norms, axis=1)
+    completed = lambda: _gram_schmidt(Y, Q, rounding)  # noqa: E731
     if method == "cholesky_qr":
-        Y = jnp.where((norms > rounding)[:, None, :], Y, Q)
-        return _cholesky_qr(Y, lambda: _householder_qr(Y, Q, rounding), precision)
-    return _householder_qr(Y, Q, rounding)
+        spent = norms <= rounding[:, None]
+        stepped = _cholesky_qr(jnp.where(spent[:, None, :], Q, Y), precision)
+        error = jnp.abs(product(stepped.mT, stepped, precision) - _identity(stepped))
+        # The comparison is true for NaN as well.
+        return jax.lax.cond(
+            ~(jnp.max(error) < _ORTHOGONALITY_LIMIT), completed, lambda: stepped
+        )
+    stepped, R = jnp.linalg.qr(Y)
+    spent = jnp.abs(jnp.diagonal(R, axis1=1, axis2=2)) <= rounding[:, None]
+    return jax.lax.cond(jnp.any(spent), completed, lambda: stepped)
 
 
 def _rounding(d: int) -> float:
@@ -192,32 +200,8 @@ def _rounding(d: int) -> float:
     return 4 * float(jnp.finfo(jnp.float32).eps) * d**0.5
 
 
-def _householder_qr(
-    Y: SquareStack, Q: SquareStack, rounding: Float[Array, "b 1"]
-) -> SquareStack:
-    """The Q of a QR factorisation of Y, old columns where Y has none of its own.
-
-    Columns that add no more than rounding error to those before them give way to the
-    old ones, which come last and so are orthogonalised against all that is new.
-    """
-    stepped, R = jnp.linalg.qr(Y)
-    spent = jnp.abs(jnp.diagonal(R, axis1=1, axis2=2)) <= rounding
-
-    def completed() -> SquareStack:
-        order = jnp.argsort(spent, axis=1, stable=True)[:, None, :]
-        columns = jnp.where(spent[:, None, :], Q, Y)
-        basis, R = jnp.linalg.qr(jnp.take_along_axis(columns, order, axis=2))
-        # The signs that leave a basis as it is where nothing is new.
-        signs = jnp.where(jnp.diagonal(R, axis1=1, axis2=2) < 0, -1, 1)[:, None, :]
-        return jnp.take_along_axis(basis * signs, jnp.argsort(order, axis=2), axis=2)
-
-    return jax.lax.cond(jnp.any(spent), completed, lambda: stepped)
-
-
-def _cholesky_qr(
-    Y: SquareStack, otherwise: Callable[[], SquareStack], precision: jax.lax.Precision
-) -> SquareStack:
-    """The Q of a QR factorisation by two Cholesky passes, or what takes its place.
+def _cholesky_qr(Y: SquareStack, precision: jax.lax.Precision) -> SquareStack:
+    """The Q of a QR factorisation by two Cholesky passes; NaN where they break down.
 
     Scaled columns have the same Q; those of S Q are then nearly orthonormal, however
     large the condition of S, once Q is near its eigenvectors.
@@ -227,9 +211,41 @@ def _cholesky_qr(
     for _ in range(2):
         lower = jax.lax.linalg.cholesky(product(Q.mT, Q, precision))
         Q = jax.lax.linalg.triangular_solve(lower, Q, lower=True, transpose_a=True)
-    error = jnp.max(jnp.abs(product(Q.mT, Q, precision) - jnp.eye(Q.shape[-1])[None]))
-    # The comparison is false for NaN as well.
-    return jax.lax.cond(error < _ORTHOGONALITY_LIMIT, lambda: Q, otherwise)
+    return Q
+
+
+def _gram_schmidt(
+    Y: SquareStack, Q: SquareStack, rounding: Float[Array, " b"]
+) -> SquareStack:
+    """Orthonormal columns from those of Y, and from old ones where Y has none to give.
+
+    Columns that add no more than rounding error to those before them give way to the
+    old ones, which come last and so are orthogonalised against all that is new.
+    """
+
+    def adding(candidates: SquareStack, least: Array) -> Callable[..., SquareStack]:
+        def add(j: Array, basis: SquareStack) -> SquareStack:
+            free = ~jnp.any(basis[:, :, j] != 0, axis=1)
+            column = candidates[:, :, j]
+            # Once leaves the rounding of what was subtracted; twice doesn't.
+            for _ in range(2):
+                shares = jnp.einsum("bij,bi->bj", basis, column, precision="highest")
+                column -= jnp.einsum("bij,bj->bi", basis, shares, precision="highest")
+            length = jnp.linalg.norm(column, axis=1)
+            chosen = (free & (length > least))[:, None]
+            unit = column / jnp.where(length > 0, length, 1)[:, None]
+            return basis.at[:, :, j].set(jnp.where(chosen, unit, basis[:, :, j]))
+
+        return add
+
+    d = Y.shape[-1]
+    basis = jax.lax.fori_loop(0, d, adding(Y, rounding), jnp.zeros_like(Y))
+    return jax.lax.fori_loop(0, d, adding(Q, jnp.zeros_like(rounding)), basis)
+
+
+def _identity(stack: SquareStack) -> Float[Array, "1 d d"]:
+    """The identity that every matrix of a stack is compared with."""
+    return jnp.eye(stack.shape[-1], dtype=stack.dtype)[None]
 
 
 def packed_shape(d: int) -> tuple[int, int]:

@@ -78,8 +78,8 @@ class Settings(NamedTuple):
     max_inverse_root: Any
     first_basis: FirstBasis
     orthonormalisation: Orthonormalisation
-    loop: bool
     precision: jax.lax.Precision
+    loop: bool = False
 
     @property
     def relative(self) -> bool:

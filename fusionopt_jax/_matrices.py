@@ -8,11 +8,13 @@ function of a stack is called once per bucket.
 import dataclasses
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from fusionopt_jax._placement import automatic, device_count, spread
 
 Stack: TypeAlias = Float[Array, "b m n"]
 StackFunction: TypeAlias = Callable[[Stack], Stack]
@@ -104,7 +106,7 @@ class MatrixView:
         order = self.batch_axes + self.in_axes + self.out_axes
         batch = self._size(self.batch_axes)
         rows, columns = self.fused_shape
-        stack = jnp.transpose(gathered(leaf), order).reshape(batch, rows, columns)
+        stack = jnp.transpose(leaf, order).reshape(batch, rows, columns)
         if self.chunks == 1:
             return stack
         if self.chunk_axis == "input":
@@ -128,15 +130,17 @@ class MatrixView:
         return math.prod(self.shape[axis] for axis in axes)
 
 
-def resolve_bucketing(bucketing: Bucketing) -> Bucketing:
-    """`"auto"` made definite: loop over matrices on CPUs, batch them elsewhere.
+def resolve_bucketing(bucketing: Bucketing, *leaves: Array) -> Bucketing:
+    """`"auto"` made definite: loop over matrices on one CPU, batch them elsewhere.
 
     A CPU's matrix product of one matrix already fills the machine, and the loop keeps
-    temporary memory at one matrix; an accelerator needs the batch to be busy.
+    temporary memory at one matrix; an accelerator needs the batch to be busy, and
+    several devices can't share a loop.
     """
     if bucketing != "auto":
         return bucketing
-    return "loop" if jax.default_backend() == "cpu" else "batch"
+    one_cpu = jax.default_backend() == "cpu" and device_count(*leaves) == 1
+    return "loop" if one_cpu else "batch"
 
 
 def map_stacks(
@@ -162,9 +166,22 @@ def map_stacks(
     Returns:
         The results, shaped like the leaves.
     """
-    bucketing = resolve_bucketing(bucketing)
-    wanted, leaves = leaves, [gathered(leaf) for leaf in leaves]
-    results: list[Array | None] = [None] * len(leaves)
+
+    def mapped(*leaves: Array) -> tuple[Array, ...]:
+        return tuple(_mapped(function, leaves, views, bucketing))
+
+    return list(automatic(mapped, *leaves, like=tuple(leaves)))
+
+
+def _mapped(
+    function: StackFunction,
+    leaves: Sequence[Array],
+    views: Sequence[MatrixView],
+    bucketing: Bucketing,
+) -> list[Any]:
+    """`map_stacks` without an explicit mesh."""
+    bucketing = resolve_bucketing(bucketing, *leaves)
+    results: list[Any] = [None] * len(leaves)
     for members in _buckets(leaves, views, bucketing):
         if bucketing == "loop" and len(members) == 1:
             only = members[0]
@@ -175,46 +192,18 @@ def map_stacks(
         if bucketing == "loop":
             done = jax.lax.map(lambda matrix: function(matrix[None])[0], joined)
         else:
-            done = function(joined)
+            done = spread(function, *leaves)(joined)
         start = 0
         for i in members:
             part = done[start : start + views[i].count]
             results[i] = views[i].from_stack(_turned(views[i], part))
             start += views[i].count
-    return [
-        sharded_like(result, leaf)
-        for result, leaf in zip(results, wanted, strict=True)
-        if result is not None
-    ]
-
-
-def gathered(leaf: Array) -> Array:
-    """A leaf that is sharded over an explicit mesh, whole on every device.
-
-    Products, reshapes and transposes of a matrix mix its axes, which JAX refuses to
-    guess a sharding for. Under an automatic mesh the compiler decides, and the leaf
-    stays as it is.
-    """
-    if _is_split(leaf):
-        return jax.sharding.reshard(leaf, jax.sharding.PartitionSpec())
-    return leaf
-
-
-def sharded_like(result: Array, leaf: Array) -> Array:
-    """A result with the explicit sharding of a leaf of its shape."""
-    if _is_split(leaf) or _is_split(result):
-        return jax.sharding.reshard(result, jax.typeof(leaf).sharding)
-    return result
-
-
-def _is_split(leaf: Array) -> bool:
-    """Whether any axis of a leaf is sharded over an explicit mesh."""
-    return any(axis is not None for axis in jax.typeof(leaf).sharding.spec)
+    return results
 
 
 def map_matrices(function: Callable[[Stack], Array], stack: Stack) -> Array:
     """`function` of a stack, one matrix at a time where that is the better way."""
-    if stack.shape[0] == 1 or resolve_bucketing("auto") != "loop":
+    if stack.shape[0] == 1 or resolve_bucketing("auto", stack) != "loop":
         return function(stack)
     return jax.lax.map(lambda matrix: function(matrix[None])[0], stack)
 
@@ -243,9 +232,12 @@ def _buckets(
 ) -> list[list[int]]:
     """Indices of the leaves that one call serves."""
     buckets: dict[Hashable, list[int]] = {}
+    devices = device_count(*leaves)
+    # A loop gains nothing from joining stacks, and the copy would cost memory; a stack
+    # that gives every device a matrix needs no other, and a copy would be an exchange.
+    enough = 2 if bucketing == "loop" else devices if devices > 1 else math.inf
     for i, (leaf, view) in enumerate(zip(leaves, views, strict=True)):
-        # A loop gains nothing from joining stacks, and the copy would cost memory.
-        alone = bucketing == "leaf" or (bucketing == "loop" and view.count > 1)
+        alone = bucketing == "leaf" or view.count >= enough
         key = i if alone else (*sorted(view.matrix_shape), leaf.dtype)
         buckets.setdefault(key, []).append(i)
     return list(buckets.values())

@@ -1,5 +1,6 @@
 """`fusion_opt_torch`: the first release of the PyTorch FusionOpt, step for step."""
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -18,8 +19,9 @@ from fusionopt_jax._checks import (
     check_rate_or_schedule,
     is_concrete_number,
 )
-from fusionopt_jax._matrices import MatrixView, sharded_like
+from fusionopt_jax._matrices import MatrixView
 from fusionopt_jax._optax import keeping_dtype, transformation
+from fusionopt_jax._placement import automatic
 from fusionopt_jax._types import (
     Array,
     Count,
@@ -330,7 +332,7 @@ def _unit_rows(
         U = view.to_stack(update).astype(jnp.float32)
         r = decay * old + (1 - decay) * jnp.sum(U * U, axis=1)
         U = U / jnp.sqrt(jnp.maximum(r, _SMALLEST_SQUARES))[:, None, :]
-        return sharded_like(view.from_stack(U).astype(update.dtype), update), r
+        return view.from_stack(U).astype(update.dtype), r
 
     def update_fn(
         updates: Any, state: RowScaleState, params: Any = None, **extra_args: Any
@@ -339,7 +341,7 @@ def _unit_rows(
         leaves, treedef = jax.tree.flatten(updates)
         views = matrix_views(updates, routing, "fusion_opt_torch")
         done = [
-            scale(leaf, old, view)
+            automatic(functools.partial(scale, view=view), leaf, old, like=(leaf, old))
             for leaf, old, view in zip(
                 leaves, jax.tree.leaves(state.square_sum), views, strict=True
             )

@@ -5,16 +5,19 @@ r"""Steps on a sphere: every matrix keeps the norm that it was initialised with.
     W \leftarrow R\,\tilde W / \|\tilde W\|_F, \qquad R = \|W_0\|_F .
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from fusionopt_jax._checks import check_rate_or_schedule
 from fusionopt_jax._linalg import frobenius_norm
-from fusionopt_jax._matrices import MatrixView, sharded_like
+from fusionopt_jax._matrices import MatrixView
 from fusionopt_jax._optax import TransformLike, accepting_extra_args, transformation
+from fusionopt_jax._placement import automatic
 from fusionopt_jax._types import Array, Count, Float, Params, Scalar, ScalarOrSchedule
 from fusionopt_jax.iterates import schedule_free_states
 from fusionopt_jax.routing import Routing, matrix_views
@@ -102,7 +105,7 @@ def hyperball(
         leaves, treedef = jax.tree.flatten(params)
         views = matrix_views(params, routing, "hyperball")
         radii = [
-            frobenius_norm(view.to_stack(leaf))[:, 0, 0]
+            automatic(functools.partial(_radii, view=view), leaf, like=PartitionSpec())
             for leaf, view in zip(leaves, views, strict=True)
         ]
         return HyperballState(
@@ -134,7 +137,14 @@ def hyperball(
         gamma = jnp.asarray(rate, jnp.float32)
         leaves, treedef = jax.tree.flatten(params)
         steps = [
-            _step(weight, direction, radius, gamma, view)
+            automatic(
+                functools.partial(_step, view=view),
+                weight,
+                direction,
+                radius,
+                gamma,
+                like=weight,
+            )
             for weight, direction, radius, view in zip(
                 leaves,
                 treedef.flatten_up_to(directions),
@@ -150,6 +160,11 @@ def hyperball(
         )
 
     return transformation(init_fn, update_fn)
+
+
+def _radii(weight: Array, view: MatrixView) -> Float[Array, " b"]:
+    """The norm of each matrix of a leaf."""
+    return frobenius_norm(view.to_stack(weight))[:, 0, 0]
 
 
 def _step(
@@ -168,4 +183,4 @@ def _step(
     length = frobenius_norm(moved)
     on_sphere = R * moved / jnp.where(length > 0, length, 1)
     result = jnp.where(R > 0, on_sphere, W - gamma * U)
-    return sharded_like(view.from_stack((result - W).astype(weight.dtype)), weight)
+    return view.from_stack((result - W).astype(weight.dtype))

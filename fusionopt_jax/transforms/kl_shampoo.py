@@ -11,6 +11,7 @@ and :math:`S_a = Q_a \operatorname{diag}(\lambda_a) Q_a^\top` for either side:
 Eigenvalues are renewed at every step, bases by a power step every few.
 """
 
+import functools
 from collections.abc import Hashable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -55,9 +56,9 @@ from fusionopt_jax._matrices import (
     Bucketing,
     MatrixView,
     resolve_bucketing,
-    sharded_like,
 )
 from fusionopt_jax._optax import TransformLike, accepting_extra_args, transformation
+from fusionopt_jax._placement import automatic, device_count, whole
 from fusionopt_jax._types import Array, Count, Params
 from fusionopt_jax.routing import Routing, matrix_views
 
@@ -185,8 +186,8 @@ def kl_shampoo(
         max_inverse_root: :math:`1/\sqrt\lambda` is kept below max(10, min(d, this)) for
             a side of length d, relative to the root of the mean eigenvalue or
             absolutely. `None` sets no bound.
-        orthonormalisation: `"qr"`; `"cholesky_qr"`, twice, and QR where that breaks
-            down; `"auto"` takes QR on CPUs and Cholesky-QR elsewhere.
+        orthonormalisation: `"qr"`; `"cholesky_qr"`, twice, and Gram–Schmidt where that
+            breaks down; `"auto"` takes QR on CPUs and Cholesky-QR elsewhere.
         bucketing: `"batch"` joins leaves of equal matrices and takes all of them at
             once, `"loop"` goes through them one matrix at a time in a compiled loop,
             `"leaf"` takes the matrices of one leaf at once; `"auto"` loops on CPUs and
@@ -255,7 +256,6 @@ def kl_shampoo(
         max_inverse_root=max_inverse_root,
         first_basis=first_basis,
         orthonormalisation=orthonormalisation,
-        loop=resolve_bucketing(bucketing) == "loop",
         precision=precision,
     )
     momentum = accepting_extra_args(optax.identity() if inner is None else inner)
@@ -271,7 +271,12 @@ def kl_shampoo(
         )
 
     def step(
-        gradient: Array, direction: Array, pair: Pair, count: Count, groups: int
+        gradient: Array,
+        direction: Array,
+        pair: Pair,
+        count: Count,
+        groups: int,
+        settings: Settings,
     ) -> tuple[Array, Pair]:
         """The preconditioned stack of one bucket, and its new statistics."""
         if statistics == "kl":
@@ -283,7 +288,43 @@ def kl_shampoo(
             norm = frobenius_norm(result)
             target = frobenius_norm(direction)
             result = result * (target / jnp.where(norm > 0, norm, 1))
-        return result, pair
+        return (jnp.where(count == 0, 0, result) if skips else result), pair
+
+    def whitened(
+        leaves: list[Array],
+        directions: list[Array],
+        pairs: list[Pair],
+        count: Count,
+        views: Sequence[MatrixView],
+    ) -> tuple[list[Array], list[Pair]]:
+        """Every leaf preconditioned, and its new statistics, bucket by bucket."""
+        loop = resolve_bucketing(bucketing, *leaves) == "loop"
+        chosen = settings._replace(loop=loop)
+        results, pairs = list(leaves), list(pairs)
+        groups = 0
+        # On several devices a joined copy would be an exchange between them.
+        join = bucketing != "leaf" and device_count(*leaves) == 1
+        for members in _buckets(views, pairs, join=join):
+            gradient, direction = (
+                _joined([_turned(views[i].to_stack(x[i]), pairs[i]) for i in members])
+                for x in (leaves, directions)
+            )
+            pair = _joined([_first_kept(pairs[i]) for i in members])
+            # Renewals take a few matrices at a time, which divided stacks would have
+            # to exchange inside their loop.
+            gradient, direction, pair = whole((gradient, direction, pair), *leaves)
+            done = step(gradient, direction, pair, count, groups, chosen)
+            result, pair = whole(done, *leaves)
+            groups += group_count(pair, chosen)
+            start = 0
+            for i in members:
+                part = slice(start, start + views[i].count)
+                start = part.stop
+                done = _turned(result[part], pairs[i]).astype(leaves[i].dtype)
+                results[i] = views[i].from_stack(done)
+                mine = jax.tree.map(lambda stack, part=part: stack[part], pair)
+                pairs[i] = (None, mine[0]) if pairs[i][0] is None else mine
+        return results, pairs
 
     def update_fn(
         updates: Any, state: KLShampooState, params: Any = None, **extra_args: Any
@@ -295,26 +336,14 @@ def kl_shampoo(
         directions = treedef.flatten_up_to(directions)
         views = matrix_views(updates, routing, "kl_shampoo")
         pairs = _pairs(treedef, state)
-        results: list[Any] = [None] * len(leaves)
-        groups = 0
-        for members in _buckets(views, pairs, join=bucketing != "leaf"):
-            gradient, direction = (
-                _joined([_turned(views[i].to_stack(x[i]), pairs[i]) for i in members])
-                for x in (leaves, directions)
-            )
-            pair = _joined([_first_kept(pairs[i]) for i in members])
-            result, pair = step(gradient, direction, pair, state.count, groups)
-            if skips:
-                result = jnp.where(state.count == 0, 0, result)
-            groups += group_count(pair, settings)
-            start = 0
-            for i in members:
-                part = slice(start, start + views[i].count)
-                start = part.stop
-                done = _turned(result[part], pairs[i]).astype(leaves[i].dtype)
-                results[i] = sharded_like(views[i].from_stack(done), leaves[i])
-                mine = jax.tree.map(lambda stack, part=part: stack[part], pair)
-                pairs[i] = (None, mine[0]) if pairs[i][0] is None else mine
+        results, pairs = automatic(
+            functools.partial(whitened, views=views),
+            leaves,
+            directions,
+            pairs,
+            state.count,
+            like=(leaves, pairs),
+        )
         if skips:
             inner_state = jax.tree.map(
                 lambda new, old: jnp.where(state.count == 0, old, new),

@@ -6,6 +6,7 @@ r"""Neuron-wise normalisation of an orthogonalised update, the second half of No
     U_t = \hat O_t\,\|O_t\|_F / \|\hat O_t\|_F .
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -13,8 +14,9 @@ import jax.numpy as jnp
 import optax
 
 from fusionopt_jax._checks import check_decay_rate, check_non_negative
-from fusionopt_jax._matrices import MatrixView, map_matrices, sharded_like
+from fusionopt_jax._matrices import MatrixView, map_matrices
 from fusionopt_jax._optax import transformation
+from fusionopt_jax._placement import automatic
 from fusionopt_jax._types import Array, Float, Number, Params
 from fusionopt_jax.routing import Routing, matrix_views
 
@@ -101,7 +103,7 @@ def normuon(
             after = jnp.sum(square * factor**2, axis=1, keepdims=True)
             factor *= jnp.sqrt(before / jnp.where(after > 0, after, 1))
         U = O.astype(jnp.float32) * factor[:, None, :]
-        return sharded_like(view.from_stack(U.astype(update.dtype)), update), v
+        return view.from_stack(U.astype(update.dtype)), v
 
     def update_fn(
         updates: Any, state: NorMuonState, params: Any = None, **extra_args: Any
@@ -111,7 +113,12 @@ def normuon(
         moments = jax.tree.leaves(state.second_moment)
         views = matrix_views(updates, routing, "normuon")
         done = [
-            normalise(leaf, moment, view)
+            automatic(
+                functools.partial(normalise, view=view),
+                leaf,
+                moment,
+                like=(leaf, moment),
+            )
             for leaf, moment, view in zip(leaves, moments, views, strict=True)
         ]
         return (

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from fusionopt_jax._checks import (
     check_choice,
@@ -19,8 +20,9 @@ from fusionopt_jax._checks import (
     check_number,
     check_positive,
 )
-from fusionopt_jax._matrices import MatrixView, sharded_like
+from fusionopt_jax._matrices import MatrixView
 from fusionopt_jax._optax import TransformLike, accepting_extra_args, transformation
+from fusionopt_jax._placement import automatic
 from fusionopt_jax._types import Array, Count, Number, Params, Scalar
 from fusionopt_jax.routing import Routing, matrix_views
 
@@ -178,12 +180,19 @@ def snr_gate(
 
 def _squares(x: Array, view: MatrixView | None) -> Array:
     """Squares of the entries, summed over each neuron's inputs where there are some."""
-    return x * x if view is None else jnp.sum(jnp.square(view.to_stack(x)), axis=1)
+    if view is None:
+        return x * x
+    sums = lambda x: jnp.sum(jnp.square(view.to_stack(x)), axis=1)  # noqa: E731
+    return automatic(sums, x, like=PartitionSpec())
 
 
 def _gated(update: Array, gate: Array, view: MatrixView | None) -> Array:
     """An update times its gate, in its dtype."""
     if view is None:
         return (update.astype(jnp.float32) * gate).astype(update.dtype)
-    stack = view.to_stack(update).astype(jnp.float32) * gate[:, None, :]
-    return sharded_like(view.from_stack(stack).astype(update.dtype), update)
+
+    def gated(update: Array, gate: Array) -> Array:
+        stack = view.to_stack(update).astype(jnp.float32) * gate[:, None, :]
+        return view.from_stack(stack).astype(update.dtype)
+
+    return automatic(gated, update, gate, like=update)

@@ -88,15 +88,14 @@ def candidates(params: Any) -> dict[str, optax.GradientTransformationExtraArgs]:
     direction = optax.scale_by_rms(0.99, bias_correction=True)
     found = {
         "fusionopt SF-NorMuon": fo.fusion_opt(RATE, routing=routing),
+        "fusionopt SF-NorMuon, AOL, 4 steps": fo.fusion_opt(
+            RATE, routing=routing, preconditioner="aol", steps=4
+        ),
         "fusionopt NorMuon": fo.fusion_opt(
             RATE, components={"ns5", "normuon"}, routing=routing, polyak_rule=None
         ),
         "fusionopt ns5 (Muon)": optax.chain(
             spectral(fo.ns5(routing=routing)), optax.scale(-RATE)
-        ),
-        "fusionopt ns5, AOL, 4 steps": optax.chain(
-            spectral(fo.ns5(routing=routing, preconditioner="aol", steps=4)),
-            optax.scale(-RATE),
         ),
         "fusionopt SF-NorMuon + KL-Shampoo": fo.fusion_opt(
             RATE, components={"ns5", "normuon", "sf", "shampoo"}, routing=routing

@@ -15,7 +15,7 @@ from fusionopt_jax._checks import (
     check_rate_or_schedule,
     is_concrete_number,
 )
-from fusionopt_jax._linalg import HotDtype
+from fusionopt_jax._linalg import HotDtype, Preconditioner
 from fusionopt_jax._optax import in_float32, keeping_dtype
 from fusionopt_jax._types import Number, ScalarOrSchedule
 from fusionopt_jax.routing import SCALAR, SPECTRAL, Routing
@@ -49,6 +49,7 @@ def fusion_opt(
     shampoo_update_every: int | jax.Array = 10,
     coefficients: str | Sequence[Sequence[float]] = "polar_express",
     steps: int | None = None,
+    preconditioner: Preconditioner = "frobenius",
     hot_dtype: HotDtype = "auto",
     scale: Scale = "rms",
     audit_every: int | jax.Array | None = None,
@@ -101,6 +102,8 @@ def fusion_opt(
         shampoo_update_every: Steps between two renewals of its bases.
         coefficients: Of `"ns5"`, see `ns5`.
         steps: Of `"ns5"`, see `ns5`.
+        preconditioner: Of `"ns5"`, see `ns5`; `"aol"` with 4 `steps` is its cheapest
+            setting of the same quality on matrices of full rank.
         hot_dtype: Dtype of the Newton–Schulz iterations, see `ns5`.
         scale: Of `"ns5"`, see `ns5`. `"rms"` lets one learning rate serve both groups;
             `"aspect"` is Muon's own.
@@ -170,19 +173,20 @@ def fusion_opt(
         smoothing.append(optax.scale(1 - momentum))
     direction = stage("momentum", optax.chain(*smoothing))
     if "shampoo" in chosen:
-        preconditioner = kl_shampoo(
+        whitened = kl_shampoo(
             direction,
             routing=routing,
             b2=shampoo_b2,
             update_every=shampoo_update_every,
         )
-        direction = stage("preconditioner", preconditioner)
+        direction = stage("preconditioner", whitened)
     spectral: list[optax.GradientTransformation] = [direction]
     if "ns5" in chosen:
         orthogonaliser = ns5(
             routing=routing,
             coefficients=coefficients,
             steps=steps,
+            preconditioner=preconditioner,
             hot_dtype=hot_dtype,
             scale=scale,
             eps=_TINY,

@@ -98,7 +98,7 @@ def test_with_the_matrices_off_it_is_schedule_free_of_optax():
     )
 
 
-def by_hand(sf=True, polyak=True):
+def by_hand(sf=True, polyak=True, **orthogonaliser):
     """The default recipe out of its pieces."""
     spectral = optax.chain(
         optax.trace(0.8, accumulator_dtype=jnp.float32),
@@ -108,6 +108,7 @@ def by_hand(sf=True, polyak=True):
             hot_dtype="fp32",
             scale="rms",
             eps=1e-12,
+            **orthogonaliser,
         ),
         fo.normuon(routing=ROUTING),
         optax.add_decayed_weights(0.05),
@@ -137,6 +138,13 @@ def test_the_recipe_is_its_pieces(sf, polyak):
         _compare.assert_trees_identical(
             fo.eval_params(state, params), fo.eval_params(their_state, their_params)
         )
+
+
+def test_settings_of_the_orthogonaliser_reach_it():
+    settings = {"preconditioner": "aol", "steps": 4}
+    updates, _, _ = path_of(recipe(**settings))
+    _compare.assert_trees_identical(updates, path_of(by_hand(**settings))[0])
+    assert not np.array_equal(updates["wide"], path_of(recipe())[0]["wide"])
 
 
 NAMES = ("ns5", "normuon", "mona", "shampoo", "sf")

@@ -218,7 +218,7 @@ def bar_plot(
     axes.barh(names, medians, xerr=[below, above], color=colours, ecolor="#444444")
     for position, median in enumerate(medians):
         axes.annotate(
-            f" {median:.3g}",
+            f" {median:,.0f}" if median >= 1000 else f" {median:.3g}",
             (bars[names[position]][2], position),
             va="center",
             fontsize=8,

@@ -79,10 +79,11 @@ def polyak(
             \frac{\max(0,\, f_t - f_\star + \langle g_t, z_t - y_t \rangle)}
                  {\sqrt{\pi/2}\;\operatorname{EMA}(\|g_t\|_1)}
 
-    What the loss may be: zero and negative losses give the smallest factor
-    (`min_ratio`, or 0 by `"schedule_free_plus"`). If the loss or the gradient's norm is
-    infinite or NaN, the factor is 0 and the averages stay as they are: no step is taken
-    on a number that says nothing. A NaN gradient still reaches the inner state; put
+    What the loss may be: where its average is zero or negative, `"ratio"` gives
+    `min_ratio`; a loss that is not above :math:`f_\star - \langle g, z - y \rangle`
+    gives 0 by `"schedule_free_plus"`. If the loss or the gradient's norm is infinite or
+    NaN, the factor is 0 and the averages stay as they are: no step is taken on a number
+    that says nothing. A NaN gradient still reaches the inner state; put
     `optax.apply_if_finite` around the optimiser to drop such steps whole.
 
     Args:

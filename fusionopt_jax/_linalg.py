@@ -227,9 +227,9 @@ def _gram_steps(
 
     def step(carry: tuple[Array, ...], row: Array) -> tuple[tuple[Array, ...], None]:
         R, Z, Q, a = carry
-        # (aI + Z) R (aI + Z), where R and Z commute.
-        W = _product(R, Z, operand)
-        R = a * a * R + 2 * a * W + _product(Z, W, operand)
+        # (aI + Z) R (aI + Z), the identities apart: in half precision aI would round Z.
+        W = a * R + _product(Z, R, operand)
+        R = a * W + _product(W, Z, operand)
         Z = polynomial(R, row)
         return (R, Z, row[0] * Q + _product(Z, Q, operand), row[0]), None
 

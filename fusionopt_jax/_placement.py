@@ -66,10 +66,14 @@ def spread(function: Callable[[Stack], Stack], *leaves: Array) -> Any:
     def spread_function(stack: Stack) -> Stack:
         count = stack.shape[0]
         if count == 1:
-            return _placed(function(_placed(stack, mesh, None)), mesh, None)
+            return _placed(function(_placed(stack, mesh)), mesh)
         padded = jnp.pad(stack, ((0, -count % devices), (0, 0), (0, 0)))
         result = function(_placed(padded, mesh, axes))
-        return _placed(result, mesh, axes)[:count]
+        result = _placed(result, mesh, axes)[:count]
+        # Or the division would spread to the parameters, whose layers a scan takes one
+        # by one; how each matrix is split is for those to say.
+        free = PartitionSpec.UNCONSTRAINED
+        return _placed(result, mesh, None, free, free)
 
     return spread_function
 
@@ -79,14 +83,13 @@ def whole(tree: Any, *leaves: Array) -> Any:
     mesh = _mesh(leaves)
     if _free_axes(mesh)[1] == 1:
         return tree
-    return jax.tree.map(lambda stack: _placed(stack, mesh, None), tree)
+    return jax.tree.map(lambda stack: _placed(stack, mesh), tree)
 
 
-def _placed(stack: Array, mesh: Any, axes: Any) -> Array:
-    """A stack divided along its first axis among some axes of a mesh."""
-    return jax.lax.with_sharding_constraint(
-        stack, NamedSharding(mesh, PartitionSpec(axes))
-    )
+def _placed(stack: Array, mesh: Any, *axes: Any) -> Array:
+    """A stack whose axes are divided among the given axes of a mesh."""
+    sharding = NamedSharding(mesh, PartitionSpec(*axes))
+    return jax.lax.with_sharding_constraint(stack, sharding)
 
 
 def _mesh(leaves: Any) -> Any:

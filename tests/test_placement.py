@@ -7,6 +7,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -61,13 +62,20 @@ def placed(tree, mesh, specs):
     }
 
 
-def collectives(tx, params):
-    """Of one update: those outside of all loops and branches, and those inside."""
-    state = tx.init(params)
-    step = jax.jit(lambda grads, state, params: tx.update(grads, state, params))
-    text = step.lower(params, state, params).compile().as_text() or ""
+def stepped(tx, params):
+    """A compiled step from parameters to parameters."""
+
+    def step(grads, state, params):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return jax.jit(step).lower(params, tx.init(params), params).compile()
+
+
+def collectives(program):
+    """Those outside of all loops and branches, and those inside."""
     outside, inside = collections.Counter(), collections.Counter()
-    for computation in re.split(r"\n(?=%|ENTRY)", text):
+    for computation in re.split(r"\n(?=%|ENTRY)", program.as_text() or ""):
         found = COLLECTIVE.findall(computation)
         (outside if computation.startswith("ENTRY") else inside).update(found)
     return dict(outside), dict(inside)
@@ -85,40 +93,47 @@ def composition(*more):
 @pytest.mark.parametrize("more", [(), ("shampoo",)], ids=["sf-normuon", "shampoo"])
 def test_no_device_waits_for_another_inside_a_loop(more, specs, kind):
     params = placed(drawn(SHAPES), mesh_of(kind), specs)
-    _, inside = collectives(composition(*more), params)
+    _, inside = collectives(stepped(composition(*more), params))
+    assert inside == {}
+
+
+STACKED = fo.Routing(min_dim=8, stacked=("layers",))
+
+
+@kinds
+@pytest.mark.parametrize("layers", [8, 3], ids=["divisible", "padded"])
+def test_a_fully_sharded_stack_is_exchanged_once_each_way(layers, kind):
+    specs = {"layers": FULLY_SHARDED["layers"]}
+    params = placed(drawn({"layers": (layers, 16, 32)}), mesh_of(kind), specs)
+    program = stepped(fo.ns5(routing=STACKED), params)
+    assert collectives(program) == ({"all-to-all": 2}, {})
+
+
+@kinds
+@pytest.mark.parametrize("layers", [8, 3], ids=["divisible", "padded"])
+def test_replicated_matrices_are_shared_out_and_collected_once(layers, kind):
+    params = placed(drawn({"layers": (layers, 16, 32)}), mesh_of(kind), {"layers": P()})
+    outside, inside = collectives(stepped(fo.ns5(routing=STACKED), params))
+    # What lacks a share is collected by a sum of shares and zeros.
+    assert sum(outside.values()) == 1
+    assert set(outside) <= {"all-gather", "all-reduce"}
     assert inside == {}
 
 
 @kinds
-def test_a_fully_sharded_stack_is_exchanged_once_each_way(kind):
-    specs = {"layers": FULLY_SHARDED["layers"]}
-    params = placed(drawn({"layers": SHAPES["layers"]}), mesh_of(kind), specs)
-    outside, inside = collectives(
-        fo.ns5(routing=fo.Routing(min_dim=8, stacked=("layers",))), params
-    )
-    # Under an automatic mesh the compiler may leave the way back to what follows.
-    assert outside["all-to-all"] == (2 if kind == AxisType.Explicit else 1)
-    assert set(outside) == {"all-to-all"}
-    assert inside == {}
-
-
-@pytest.mark.parametrize("layers", [8, 3], ids=["divisible", "padded"])
-def test_replicated_matrices_are_shared_out_and_collected_once(layers):
-    shapes = {"layers": (layers, 16, 32)}
-    params = placed(drawn(shapes), mesh_of(AxisType.Explicit), {"layers": P()})
-    outside, inside = collectives(
-        fo.ns5(routing=fo.Routing(min_dim=8, stacked=("layers",))), params
-    )
-    # A stack with padding is collected by a sum of shares and zeros.
-    assert outside == {"all-gather" if layers == 8 else "all-reduce": 1}
-    assert inside == {}
+@pytest.mark.parametrize("specs", [FULLY_SHARDED, REPLICATED], ids=["fsdp", "dp"])
+def test_parameters_stay_where_they_are(specs, kind):
+    params = placed(drawn(SHAPES), mesh_of(kind), specs)
+    shardings = stepped(composition(), params).output_shardings[0]
+    for name, leaf in params.items():
+        assert leaf.sharding.is_equivalent_to(shardings[name], leaf.ndim), name
 
 
 def test_each_device_iterates_on_its_share():
     """The program of one device multiplies one of eight matrices."""
     shapes = {"layers": SHAPES["layers"]}
     params = placed(drawn(shapes), mesh_of(AxisType.Auto), {"layers": P()})
-    tx = fo.ns5(routing=fo.Routing(min_dim=8, stacked=("layers",)))
+    tx = fo.ns5(routing=STACKED)
     step = jax.jit(lambda grads: tx.update(grads, tx.init(grads))[0])
     text = step.lower(params).compile().as_text() or ""
     products = re.findall(r"= f32\[([\d,]+)\]\S* dot\(", text)

@@ -263,7 +263,18 @@ def test_missing_loss_in_a_group_says_what_to_pass():
 
 
 @pytest.mark.parametrize("spec", [P("x", None), P(None, "y"), P("x", "y")], ids=str)
-@pytest.mark.parametrize("name", ["ns5", "normuon", "kl_shampoo", "fusion_opt"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ns5",
+        "normuon",
+        "kl_shampoo",
+        "snr_gate",
+        "hyperball",
+        "fusion_opt",
+        "fusion_opt_torch",
+    ],
+)
 def test_a_matrix_may_be_sharded_over_an_explicit_mesh(name, spec):
     # `jax.make_mesh` makes explicit axes, on which `optax.contrib.muon` raises.
     case = _cases.named(name)

@@ -18,8 +18,9 @@ Since every such step multiplies :math:`X` from the left by a polynomial in the 
     R \leftarrow (aI + Z)\,R\,(aI + Z), \qquad X_k = Q X_0 .
 """
 
+import math
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +62,11 @@ _SAFETY: dict[str, float] = {"quintic": 1.0, "polar_express": 1.02}
 # need no restart.
 _GRAM_STEPS = {"fp32": 5}
 _GRAM_STEPS_HALF = 3
+
+
+# Leaves the products of two operands in reach of fp32 and loses nothing: entries down
+# to 1e-8 keep all bits of fp16.
+_LARGEST_UNIT = 4096.0
 
 
 def coefficient_table(
@@ -113,6 +119,38 @@ def newton_schulz_flops(
         # XXᵀ and QX once; R² each step; Q and the two products of R from the second.
         total += 4 * m * m * n + 2 * m**3 * (4 * len(segment) - 3)
     return total
+
+
+class _Hot(NamedTuple):
+    """How the products of the iterations are computed.
+
+    Attributes:
+        dtype: What operands are rounded to.
+        storage: What the iterate X is kept in from one step to the next.
+        unit: A power of two by which operands, X included, are multiplied before they
+            are rounded. fp16 rounds what is below 6e-5 to fewer bits or to zero, and
+            the entries of an m × n matrix of norm 1 are near 1/√(mn).
+    """
+
+    dtype: jnp.dtype
+    storage: jnp.dtype
+    unit: float
+
+
+def _hot(hot_dtype: HotDtype, table: CoefficientTable) -> _Hot:
+    """The dtypes, and the unit that leaves the largest operand below fp16's 65504."""
+    dtype = jnp.dtype(_DTYPES.get(hot_dtype, jnp.float32))
+    if dtype != jnp.float16:
+        return _Hot(dtype, dtype, 1.0)
+    # Between steps X has singular values up to 2 (the first step of Polar Express makes
+    # such), so R has entries up to 4, bR + cR² up to 4|b| + 16|c|, and Q up to the
+    # product of the a.
+    bounds = [4 * abs(b) + 16 * abs(c) for _, b, c in table]
+    for segment in gram_segments(table, hot_dtype):
+        bounds.append(math.prod(max(abs(a), 1.0) for a, _, _ in segment))
+    unit = 2.0 ** math.floor(math.log2(65504 / (2 * max(bounds))))
+    storage = jnp.dtype(jnp.float32) if hot_dtype == "fp16_safe" else dtype
+    return _Hot(dtype, storage, min(max(unit, 1.0), _LARGEST_UNIT))
 
 
 def gram_segments(
@@ -179,8 +217,7 @@ def newton_schulz(
     m, n = G.shape[-2:]
     if method == "auto":
         method = cheaper_method(m, n, table, hot_dtype)
-    operand = jnp.dtype(_DTYPES.get(hot_dtype, jnp.float32))
-    storage = jnp.dtype(jnp.float32) if hot_dtype == "fp16_safe" else operand
+    hot = _hot(hot_dtype, table)
 
     X = G.astype(jnp.float32)
     norm = frobenius_norm(X) * safety + eps
@@ -188,28 +225,32 @@ def newton_schulz(
     R = None
     if preconditioner == "aol":
         # The bounds need the Gram matrix; scaled, it serves the first step as well.
-        R = _product(X, X.mT, operand)
+        R = _product(X, X.mT, hot)
         scale = _aol_scale(R) / safety
         X, R = scale * X, scale * R * scale.mT
-    X = X.astype(storage)
+    X = _times(X, hot.unit).astype(hot.storage)
     if method == "plain":
-        return _plain_steps(X, R, table, operand).astype(jnp.float32)
-    for segment in gram_segments(table, hot_dtype):
-        X, R = _gram_steps(X, R, segment, operand), None
-    return X.astype(jnp.float32)
+        X = _plain_steps(X, R, table, hot)
+    else:
+        for segment in gram_segments(table, hot_dtype):
+            X, R = _gram_steps(X, R, segment, hot), None
+    return _times(X.astype(jnp.float32), 1 / hot.unit)
 
 
 def _plain_steps(
-    X: Array, R: Array | None, table: CoefficientTable, operand: jnp.dtype
+    X: Array, R: Array | None, table: CoefficientTable, hot: _Hot
 ) -> Array:
-    """X ← (aI + bR + cR²) X for each row of the table; R = XXᵀ, given or computed."""
+    """X ← (aI + bR + cR²) X for each row of the table; R = XXᵀ, given or computed.
+
+    X comes and goes in `hot.unit`, here and below.
+    """
 
     def following(X: Array, R: Array, row: Array) -> Array:
-        Z = row[1] * R + row[2] * _product(R, R, operand)
-        return (row[0] * X + _product(Z, X, operand)).astype(X.dtype)
+        Z = row[1] * R + row[2] * _product(R, R, hot)
+        return (row[0] * X + _applied(Z, X, hot)).astype(X.dtype)
 
     def step(X: Array, row: Array) -> tuple[Array, None]:
-        return following(X, _product(X, X.mT, operand), row), None
+        return following(X, _gram(X, hot), row), None
 
     rows = jnp.asarray(table, jnp.float32)
     if R is not None:
@@ -217,38 +258,56 @@ def _plain_steps(
     return jax.lax.scan(step, X, rows)[0]
 
 
-def _gram_steps(
-    X: Array, R: Array | None, table: CoefficientTable, operand: jnp.dtype
-) -> Array:
+def _gram_steps(X: Array, R: Array | None, table: CoefficientTable, hot: _Hot) -> Array:
     """The same polynomial with products of m × m matrices only."""
 
     def polynomial(R: Array, row: Array) -> Array:
-        return row[1] * R + row[2] * _product(R, R, operand)
+        return row[1] * R + row[2] * _product(R, R, hot)
 
     def step(carry: tuple[Array, ...], row: Array) -> tuple[tuple[Array, ...], None]:
         R, Z, Q, a = carry
         # (aI + Z) R (aI + Z), the identities apart: in half precision aI would round Z.
-        W = a * R + _product(Z, R, operand)
-        R = a * W + _product(W, Z, operand)
+        W = a * R + _product(Z, R, hot)
+        R = a * W + _product(W, Z, hot)
         Z = polynomial(R, row)
-        return (R, Z, row[0] * Q + _product(Z, Q, operand), row[0]), None
+        return (R, Z, row[0] * Q + _product(Z, Q, hot), row[0]), None
 
     rows = jnp.asarray(table, jnp.float32)
-    R = _product(X, X.mT, operand) if R is None else R
+    R = _gram(X, hot) if R is None else R
     Z = polynomial(R, rows[0])
     first = (R, Z, _add_identity(Z, rows[0, 0]), rows[0, 0])
     (_, _, Q, _), _ = jax.lax.scan(step, first, rows[1:])
-    return _product(Q, X, operand).astype(X.dtype)
+    return _applied(Q, X, hot).astype(X.dtype)
 
 
-def _product(A: Array, B: Array, operand: jnp.dtype) -> Array:
+def _product(A: Array, B: Array, hot: _Hot) -> Array:
+    """A B."""
+    return _times(_applied(A, _times(B, hot.unit), hot), 1 / hot.unit)
+
+
+def _applied(A: Array, X: Array, hot: _Hot) -> Array:
+    """A X in `hot.unit`, from X in `hot.unit`."""
+    return _times(_rounded_product(_times(A, hot.unit), X, hot.dtype), 1 / hot.unit)
+
+
+def _gram(X: Array, hot: _Hot) -> Array:
+    """XXᵀ from X in `hot.unit`."""
+    return _times(_rounded_product(X, X.mT, hot.dtype), 1 / hot.unit**2)
+
+
+def _times(A: Array, factor: float) -> Array:
+    """A times a number; A itself for 1, which costs no operation."""
+    return A if factor == 1 else A * factor
+
+
+def _rounded_product(A: Array, B: Array, dtype: jnp.dtype) -> Array:
     """A B from operands of the given dtype, accumulated and returned in fp32."""
     if jax.default_backend() == "cpu":
         # XLA has no half-precision product with fp32 accumulation on every CPU; fp32
         # products of rounded operands are the same numbers.
-        A, B = _rounded(A, operand), _rounded(B, operand)
+        A, B = _rounded(A, dtype), _rounded(B, dtype)
     else:
-        A, B = A.astype(operand), B.astype(operand)
+        A, B = A.astype(dtype), B.astype(dtype)
     return jnp.matmul(
         A,
         B,

@@ -92,6 +92,48 @@ def test_ill_posed_input_in_half_precision(hot_dtype, method, kind):
     assert nearest.max() < HALF[hot_dtype], expected
 
 
+@pytest.mark.parametrize("hot_dtype", ["fp16", "fp16_safe"])
+@pytest.mark.parametrize("method", ["plain", "gram"])
+@pytest.mark.parametrize("settings", [{}, {"preconditioner": "aol"}])
+def test_large_matrices_keep_every_bit_of_fp16(hot_dtype, method, settings):
+    # Entries of a matrix of norm 1 are near 1/sqrt(m n) = 0.004, and of its Gram matrix
+    # far below 6e-5, where fp16 loses bits.
+    matrix, _, _ = with_values(np.arange(128) < 4, (128, 512), seed=7)
+    matrix = matrix.astype(np.float32).astype(np.float64)
+    left, values, right = np.linalg.svd(matrix, full_matrices=False)
+    if settings:
+        sums = np.abs(matrix @ matrix.T).sum(axis=1, keepdims=True)
+        left, values, right = np.linalg.svd(matrix / np.sqrt(sums), full_matrices=False)
+    else:
+        values /= np.linalg.norm(values)
+    size = np.linalg.norm(values)
+    rows = _linalg.coefficient_table("quintic", 5)
+    for a, b, c in rows:
+        values = a * values + b * values**3 + c * values**5
+    expected = (left * np.where(np.arange(128) < 4, values, 0)) @ right
+    actual = orthogonalize(matrix, hot_dtype=hot_dtype, method=method, **settings)
+    error = np.linalg.norm(actual - expected)
+    # Rounding the input to 11 bits changes it by at most 2^-11/sqrt(3) of its norm,
+    # mostly in directions that it lacks, and these grow by the product of the a. The
+    # other roundings are as small, and come when less growth is left.
+    slope = np.prod([a for a, _, _ in rows])
+    assert error < slope * 2**-11 / np.sqrt(3) * size
+
+
+@pytest.mark.parametrize("method", ["plain", "gram"])
+@pytest.mark.parametrize("coefficients", ["quintic", "polar_express"])
+def test_the_largest_entries_stay_in_the_range_of_fp16(method, coefficients):
+    """A single entry makes X, R and Z as large as they get; its null space makes Q."""
+    matrix = np.zeros((6, 24))
+    matrix[0, 0] = 1
+    call = lambda dtype: orthogonalize(  # noqa: E731
+        matrix, coefficients=coefficients, method=method, hot_dtype=dtype
+    )
+    # The terms of a step add up to 47 at most; rounded to 11 bits, they are 47/2^12 =
+    # 0.011 off, and later steps stretch that by up to 4. An overflow is not finite.
+    _compare.assert_within(call("fp16"), call("fp32"), 0.05)
+
+
 def test_gram_is_plain_in_float32():
     rng = np.random.default_rng(3)
     for steps in (1, 2, 3, 5, 7):

@@ -225,7 +225,7 @@ def newton_schulz(
     R = None
     if preconditioner == "aol":
         # The bounds need the Gram matrix; scaled, it serves the first step as well.
-        R = _product(X, X.mT, hot)
+        R = _gram(_times(X, hot.unit), hot)
         scale = _aol_scale(R) / safety
         X, R = scale * X, scale * R * scale.mT
     X = _times(X, hot.unit).astype(hot.storage)
@@ -291,8 +291,10 @@ def _applied(A: Array, X: Array, hot: _Hot) -> Array:
 
 
 def _gram(X: Array, hot: _Hot) -> Array:
-    """XXᵀ from X in `hot.unit`."""
-    return _times(_rounded_product(X, X.mT, hot.dtype), 1 / hot.unit**2)
+    """XXᵀ from X in `hot.unit`, without writing down the transpose."""
+    return _times(
+        _rounded_product(X, X, hot.dtype, "...ij,...kj->...ik"), 1 / hot.unit**2
+    )
 
 
 def _times(A: Array, factor: float) -> Array:
@@ -300,15 +302,18 @@ def _times(A: Array, factor: float) -> Array:
     return A if factor == 1 else A * factor
 
 
-def _rounded_product(A: Array, B: Array, dtype: jnp.dtype) -> Array:
-    """A B from operands of the given dtype, accumulated and returned in fp32."""
+def _rounded_product(
+    A: Array, B: Array, dtype: jnp.dtype, sums: str = "...ij,...jk->...ik"
+) -> Array:
+    """A B, or other sums, from operands of a dtype, accumulated in fp32."""
     if jax.default_backend() == "cpu":
         # XLA has no half-precision product with fp32 accumulation on every CPU; fp32
         # products of rounded operands are the same numbers.
         A, B = _rounded(A, dtype), _rounded(B, dtype)
     else:
         A, B = A.astype(dtype), B.astype(dtype)
-    return jnp.matmul(
+    return jnp.einsum(
+        sums,
         A,
         B,
         precision=jax.lax.Precision.HIGHEST,

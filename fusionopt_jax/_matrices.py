@@ -190,7 +190,7 @@ def _mapped(
         stacks = [_turned(views[i], views[i].to_stack(leaves[i])) for i in members]
         joined = jnp.concatenate(stacks)
         if bucketing == "loop":
-            done = jax.lax.map(lambda matrix: function(matrix[None])[0], joined)
+            done = _each(lambda matrix: function(matrix[None])[0], joined)
         else:
             done = spread(function, *leaves)(joined)
         start = 0
@@ -213,13 +213,26 @@ def _loop(function: StackFunction, leaf: Array, view: MatrixView) -> Array:
     if view.batch_axes == (0,) and view.shape[0] > 1:
         # Turning and splitting the whole leaf would copy it.
         layer = view.one_layer()
-        return jax.lax.map(lambda part: _loop(function, part, layer), leaf)
+        return _each(lambda part: _loop(function, part, layer), leaf)
     stack = _turned(view, view.to_stack(leaf))
     if view.count > 1:
-        stack = jax.lax.map(lambda matrix: function(matrix[None])[0], stack)
+        stack = _each(lambda matrix: function(matrix[None])[0], stack)
     else:
         stack = function(stack)
     return view.from_stack(_turned(view, stack))
+
+
+def _each(function: Callable[[Array], Array], stack: Array) -> Array:
+    """`function` of each part of a stack, in turn, written where the part was read.
+
+    `jax.lax.map` would fill a second stack with zeros before it starts.
+    """
+
+    def step(i: Array, stack: Array) -> Array:
+        part = jax.lax.dynamic_index_in_dim(stack, i, keepdims=False)
+        return jax.lax.dynamic_update_index_in_dim(stack, function(part), i, 0)
+
+    return jax.lax.fori_loop(0, stack.shape[0], step, stack)
 
 
 def _turned(view: MatrixView, stack: Array) -> Array:

@@ -58,7 +58,14 @@ def gram(
 ) -> Float[Array, "b m m"]:
     """X diag(weights) Xᵀ."""
     scaled = X if weights is None else X * jnp.sqrt(weights)[:, None, :]
-    return product(scaled, scaled.mT, precision)
+    # Without a transposed copy.
+    return jnp.einsum(
+        "bij,bkj->bik",
+        scaled,
+        scaled,
+        precision=precision,
+        preferred_element_type=jnp.dtype(jnp.float32),
+    )
 
 
 def inverse(values: Array) -> Array:
@@ -96,14 +103,13 @@ def precondition(
     """Q_a [(Q_aᵀ M Q_c) / (1/s + eps)] Q_cᵀ, s the outer product of λ^exponent."""
     if a is None or c is None:
         # One side: the smaller product first, (Q diag Qᵀ) M.
-        side, matrix = (c, M.mT) if a is None else (a, M)
+        side = c if a is None else a
         if side is None:
             return M
         scale = power(side.values, exponent)[:, None, :]
         scale = scale / (1 + scale * eps)
         root = product(side.basis * scale, side.basis.mT, precision)
-        result = product(root, matrix, precision)
-        return result.mT if a is None else result
+        return product(*((M, root) if a is None else (root, M)), precision)
     scale = (
         power(a.values, exponent)[:, :, None] * power(c.values, exponent)[:, None, :]
     )

@@ -135,7 +135,7 @@ def kl_step(
         pair = _started(G, pair, settings)
         return _preconditioned(M, pair, settings), _learnt(G, pair, count, settings)
 
-    return _over_stack(one, settings, G, M, pair)
+    return _over_stack(one, settings, G, (M, pair))
 
 
 def gram_step(
@@ -149,7 +149,7 @@ def gram_step(
     """Plain Shampoo: learn from G, renew what is due, apply the powers to M."""
     b2 = settings.decay(count)
 
-    def learn(G: Stack, pair: Pair) -> Pair:
+    def learn(G: Stack, pair: Pair) -> tuple[Pair]:
         def side(state: SideState | None, X: Stack) -> SideState | None:
             if state is None:
                 return None
@@ -157,15 +157,17 @@ def gram_step(
             fresh = _eigenbasis.pack_symmetric(fresh)
             return state._replace(factor=b2 * state.factor + (1 - b2) * fresh)
 
-        return side(pair[0], G), side(pair[1], G.mT)
+        return ((side(pair[0], G), side(pair[1], G.mT)),)
 
-    def apply(M: Stack, pair: Pair) -> Stack:
+    def apply(pair: Pair, M: Stack) -> tuple[Stack]:
         a, c = pair
         if a is not None:
             M = _eigenbasis.product(a.basis, M, settings.precision)
-        return M if c is None else _eigenbasis.product(M, c.basis, settings.precision)
+        if c is not None:
+            M = _eigenbasis.product(M, c.basis, settings.precision)
+        return (M,)
 
-    pair = _over_stack(learn, settings, G, pair)
+    (pair,) = _over_stack(learn, settings, G, (pair,))
     exponent = settings.power(pair)
 
     def powers(S: Array, side: Side) -> Side:
@@ -176,7 +178,8 @@ def gram_step(
 
     # No power may be used before it has been computed once.
     pair = _renewed(pair, powers, powers, count, offset, settings)
-    return _over_stack(apply, settings, M, pair), pair
+    (result,) = _over_stack(apply, settings, pair, (M,))
+    return result, pair
 
 
 def renewed_bases(pair: Pair, count: Count, offset: int, settings: Settings) -> Pair:
@@ -382,14 +385,32 @@ def _side_count(pair: Pair) -> int:
     return sum(side is not None for side in pair)
 
 
-def _over_stack(function: Callable[..., Any], settings: Settings, *stacks: Any) -> Any:
-    """`function` of trees of stacks, at once or matrix by matrix in a compiled loop."""
-    leading = jax.tree.leaves(stacks)[0].shape[0]
+def _over_stack(
+    function: Callable[..., Any], settings: Settings, read: Any, written: Any
+) -> Any:
+    """`function(read, *written)`, which returns what becomes of `written`.
+
+    All are trees of stacks, taken at once or matrix by matrix in a compiled loop that
+    writes where it has read.
+    """
+    leading = jax.tree.leaves(read)[0].shape[0]
     if not settings.loop or leading == 1:
-        return function(*stacks)
+        return function(read, *written)
 
-    def one(matrices: Any) -> Any:
-        single = function(*jax.tree.map(lambda matrix: matrix[None], matrices))
-        return jax.tree.map(lambda stack: stack[0], single)
+    def step(i: Array, written: Any) -> Any:
+        at = lambda stack: jax.lax.dynamic_slice_in_dim(stack, i, 1)  # noqa: E731
+        old = jax.tree.map(at, written)
+        new = function(jax.tree.map(at, read), *old)
+        return jax.tree.map(
+            # What the function hands through needn't be written again.
+            lambda stack, old, new: (
+                stack
+                if new is old
+                else jax.lax.dynamic_update_slice_in_dim(stack, new, i, 0)
+            ),
+            written,
+            old,
+            new,
+        )
 
-    return jax.lax.map(one, stacks)
+    return jax.lax.fori_loop(0, leading, step, written)

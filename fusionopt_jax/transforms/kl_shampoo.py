@@ -302,14 +302,17 @@ def kl_shampoo(
         chosen = settings._replace(loop=loop)
         results, pairs = list(leaves), list(pairs)
         groups = 0
-        # On several devices a joined copy would be an exchange between them.
+        # On several devices a joined copy would be an exchange between them, and a loop
+        # gains nothing from one.
         join = bucketing != "leaf" and device_count(*leaves) == 1
-        for members in _buckets(views, pairs, join=join):
+        for members in _buckets(views, pairs, join=join, loop=loop):
+            # Only stacks that are joined have to lie the same way.
+            turns = {i: len(members) > 1 and pairs[i][0] is None for i in members}
             gradient, direction = (
-                _joined([_turned(views[i].to_stack(x[i]), pairs[i]) for i in members])
+                _joined([_turned(views[i].to_stack(x[i]), turns[i]) for i in members])
                 for x in (leaves, directions)
             )
-            pair = _joined([_first_kept(pairs[i]) for i in members])
+            pair = _joined([_swapped(pairs[i], turns[i]) for i in members])
             # Renewals take a few matrices at a time, which divided stacks would have
             # to exchange inside their loop.
             gradient, direction, pair = whole((gradient, direction, pair), *leaves)
@@ -317,13 +320,13 @@ def kl_shampoo(
             result, pair = whole(done, *leaves)
             groups += group_count(pair, chosen)
             start = 0
-            for i in members:
+            for i, turn in turns.items():
                 part = slice(start, start + views[i].count)
                 start = part.stop
-                done = _turned(result[part], pairs[i]).astype(leaves[i].dtype)
+                done = _turned(result[part], turn).astype(leaves[i].dtype)
                 results[i] = views[i].from_stack(done)
                 mine = jax.tree.map(lambda stack, part=part: stack[part], pair)
-                pairs[i] = (None, mine[0]) if pairs[i][0] is None else mine
+                pairs[i] = _swapped(mine, turn)
         return results, pairs
 
     def update_fn(
@@ -382,26 +385,27 @@ def _assembled(
 
 
 def _buckets(
-    views: Sequence[MatrixView], pairs: Sequence[Pair], *, join: bool
+    views: Sequence[MatrixView], pairs: Sequence[Pair], *, join: bool, loop: bool
 ) -> list[list[int]]:
     """Indices of the leaves that are stacks of the same kind, once turned."""
     buckets: dict[Hashable, list[int]] = {}
     for i, (view, pair) in enumerate(zip(views, pairs, strict=True)):
         both = pair[0] is not None and pair[1] is not None
         shape = view.matrix_shape if both else tuple(sorted(view.matrix_shape))
-        buckets.setdefault((both, *shape) if join else i, []).append(i)
+        alone = not join or (loop and view.count > 1)
+        buckets.setdefault(i if alone else (both, *shape), []).append(i)
     return list(buckets.values())
 
 
-def _turned(stack: Array, pair: Pair) -> Array:
-    """The stack in fp32, an only side with a factor as rows; its own inverse."""
+def _turned(stack: Array, turn: bool) -> Array:
+    """The stack in fp32, transposed if it is to be; its own inverse."""
     stack = stack.astype(jnp.float32)
-    return stack.mT if pair[0] is None else stack
+    return stack.mT if turn else stack
 
 
-def _first_kept(pair: Pair) -> Pair:
+def _swapped(pair: Pair, turn: bool) -> Pair:
     """The pair of the turned stack."""
-    return (pair[1], None) if pair[0] is None else pair
+    return (pair[1], pair[0]) if turn else pair
 
 
 def _joined(stacks: Sequence[Any]) -> Any:

@@ -201,13 +201,6 @@ def _mapped(
     return results
 
 
-def map_matrices(function: Callable[[Stack], Array], stack: Stack) -> Array:
-    """`function` of a stack, one matrix at a time where that is the better way."""
-    if stack.shape[0] == 1 or resolve_bucketing("auto", stack) != "loop":
-        return function(stack)
-    return jax.lax.map(lambda matrix: function(matrix[None])[0], stack)
-
-
 def _loop(function: StackFunction, leaf: Array, view: MatrixView) -> Array:
     """`function` of one leaf's matrices, turned and split one layer at a time."""
     if view.batch_axes == (0,) and view.shape[0] > 1:

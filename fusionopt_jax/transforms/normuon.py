@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from fusionopt_jax._checks import check_decay_rate, check_non_negative
-from fusionopt_jax._matrices import MatrixView, map_matrices
+from fusionopt_jax._matrices import MatrixView
 from fusionopt_jax._optax import transformation
 from fusionopt_jax._placement import automatic
 from fusionopt_jax._types import Array, Float, Number, Params
@@ -93,7 +93,7 @@ def normuon(
     ) -> tuple[Array, Float[Array, "b out"]]:
         """One leaf's update and its new second moment."""
         O = view.to_stack(update)  # noqa: E741
-        square = map_matrices(_mean_square, O)
+        square = _mean_square(O)
         v = beta2 * moment + (1 - beta2) * square
         root = jnp.sqrt(v) + eps
         factor = 1 / jnp.where(root > 0, root, 1)

@@ -1,8 +1,9 @@
 r"""Newton–Schulz orthogonalisation of a stack of matrices, plain and in Gram form.
 
 One stack of matrices in, one out: no trees, no state, no Optax. Capital letters are the
-papers' symbols. Every stack is `(..., m, n)` with :math:`m \le n`, so that the Gram
-matrix :math:`XX^\top` is the small one.
+papers' symbols. The formulas are those of `(..., m, n)` stacks with :math:`m \le n`,
+where the Gram matrix :math:`XX^\top` is the small one; where m > n, :math:`X^\top`
+takes the place of :math:`X` without being written down.
 
 The quintic step (Jordan et al., *Muon*, 2024) maps each singular value :math:`\sigma`
 of :math:`X` to :math:`a\sigma + b\sigma^3 + c\sigma^5`:
@@ -175,12 +176,18 @@ def cheaper_method(
     return "gram" if gram < plain else "plain"
 
 
-def frobenius_norm(X: Float[Array, "*batch m n"]) -> Float[Array, "*batch 1 1"]:
-    """Each matrix's Frobenius norm, in fp32, of entries of any size."""
+def frobenius_norm(
+    X: Float[Array, "*batch m n"], unit: Number | None = None
+) -> Float[Array, "*batch 1 1"]:
+    """Each matrix's Frobenius norm, in fp32.
+
+    The squares of entries below 1e-19 or above 1e19 would leave the range of fp32. So
+    entries are divided by `unit`, by the largest of the matrix if none is given.
+    """
     X = X.astype(jnp.float32)
-    # The squares of entries below 1e-19 or above 1e19 would leave the range of fp32.
-    largest = jnp.max(jnp.abs(X), axis=(-2, -1), keepdims=True)
-    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    if unit is None:
+        largest = jnp.max(jnp.abs(X), axis=(-2, -1), keepdims=True)
+        unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
     scaled = X / unit
     return unit * jnp.sqrt(jnp.sum(scaled * scaled, axis=(-2, -1), keepdims=True))
 
@@ -195,13 +202,13 @@ def newton_schulz(
     method: Method = "auto",
     hot_dtype: HotDtype = "fp32",
 ) -> Float[Array, "*batch m n"]:
-    """Each matrix of an `(..., m, n)` stack, m ≤ n, with its singular values near 1.
+    """Each matrix of an `(..., m, n)` stack with its singular values near 1.
 
     The norm is taken in fp32 before anything is cast: in fp16 the sum of squares would
     leave the range. Zero matrices give zero.
 
     Args:
-        G: A stack of wide or square matrices, of any floating dtype.
+        G: A stack of matrices, of any floating dtype.
         table: `(a, b, c)` of each step.
         eps: Added to the norm.
         safety: Factor on the norm; what Polar Express needs beyond 1.
@@ -214,8 +221,9 @@ def newton_schulz(
         A stack shaped like `G`, in fp32.
     """
     hot_dtype = resolve_hot_dtype(hot_dtype)
-    m, n = G.shape[-2:]
+    tall = _tall(G)
     if method == "auto":
+        m, n = sorted(G.shape[-2:])
         method = cheaper_method(m, n, table, hot_dtype)
     hot = _hot(hot_dtype, table)
 
@@ -227,7 +235,8 @@ def newton_schulz(
         # The bounds need the Gram matrix; scaled, it serves the first step as well.
         R = _gram(_times(X, hot.unit), hot)
         scale = _aol_scale(R) / safety
-        X, R = scale * X, scale * R * scale.mT
+        X = X * scale.mT if tall else scale * X
+        R = scale * R * scale.mT
     X = _times(X, hot.unit).astype(hot.storage)
     if method == "plain":
         X = _plain_steps(X, R, table, hot)
@@ -286,15 +295,21 @@ def _product(A: Array, B: Array, hot: _Hot) -> Array:
 
 
 def _applied(A: Array, X: Array, hot: _Hot) -> Array:
-    """A X in `hot.unit`, from X in `hot.unit`."""
-    return _times(_rounded_product(_times(A, hot.unit), X, hot.dtype), 1 / hot.unit)
+    """A X in `hot.unit`, from X in `hot.unit` and a symmetric A."""
+    A = _times(A, hot.unit)
+    product = _rounded_product(*((X, A) if _tall(X) else (A, X)), hot.dtype)
+    return _times(product, 1 / hot.unit)
 
 
 def _gram(X: Array, hot: _Hot) -> Array:
-    """XXᵀ from X in `hot.unit`, without writing down the transpose."""
-    return _times(
-        _rounded_product(X, X, hot.dtype, "...ij,...kj->...ik"), 1 / hot.unit**2
-    )
+    """XXᵀ from X in `hot.unit`."""
+    sums = "...ji,...jk->...ik" if _tall(X) else "...ij,...kj->...ik"
+    return _times(_rounded_product(X, X, hot.dtype, sums), 1 / hot.unit**2)
+
+
+def _tall(X: Array) -> bool:
+    """Whether the columns are the small side."""
+    return X.shape[-2] > X.shape[-1]
 
 
 def _times(A: Array, factor: float) -> Array:

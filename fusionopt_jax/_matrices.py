@@ -1,8 +1,8 @@
 """A tree leaf seen as a stack of matrices `(batch, in, out)`; calls over many leaves.
 
 A `MatrixView` says how a leaf of any rank becomes a stack of matrices and back. Leaves
-of equal matrix shape form one bucket, turned so that the small side comes first, and a
-function of a stack is called once per bucket.
+of equal matrix shape, turned or not, form one bucket, and a function of a stack is
+called once per bucket.
 """
 
 import dataclasses
@@ -150,11 +150,11 @@ def map_stacks(
     *,
     bucketing: Bucketing = "auto",
 ) -> list[Array]:
-    """`function` of every leaf's matrices, turned so that the small side comes first.
+    """`function` of every leaf's matrices.
 
     Args:
-        function: Takes and returns a stack `(b, m, n)` with m ≤ n. It must treat the
-            matrices of a stack independently.
+        function: Takes and returns a stack `(b, m, n)`. It must treat the matrices of a
+            stack independently, and a transposed one as the matrix itself.
         leaves: Arrays.
         views: How each of them is a stack.
         bucketing: `"batch"` joins leaves of equal matrix shape and dtype and makes one
@@ -187,8 +187,14 @@ def _mapped(
             only = members[0]
             results[only] = _loop(function, leaves[only], views[only])
             continue
-        stacks = [_turned(views[i], views[i].to_stack(leaves[i])) for i in members]
-        joined = jnp.concatenate(stacks)
+        # Only stacks that are joined have to lie the same way.
+        mixed = len({views[i].tall for i in members}) > 1
+        turn = lambda stack, i, mixed=mixed: (  # noqa: E731
+            stack.mT if mixed and views[i].tall else stack
+        )
+        joined = jnp.concatenate(
+            [turn(views[i].to_stack(leaves[i]), i) for i in members]
+        )
         if bucketing == "loop":
             done = _each(lambda matrix: function(matrix[None])[0], joined)
         else:
@@ -196,23 +202,23 @@ def _mapped(
         start = 0
         for i in members:
             part = done[start : start + views[i].count]
-            results[i] = views[i].from_stack(_turned(views[i], part))
+            results[i] = views[i].from_stack(turn(part, i))
             start += views[i].count
     return results
 
 
 def _loop(function: StackFunction, leaf: Array, view: MatrixView) -> Array:
-    """`function` of one leaf's matrices, turned and split one layer at a time."""
+    """`function` of one leaf's matrices, split one layer at a time."""
     if view.batch_axes == (0,) and view.shape[0] > 1:
-        # Turning and splitting the whole leaf would copy it.
+        # Splitting the whole leaf would copy it.
         layer = view.one_layer()
         return _each(lambda part: _loop(function, part, layer), leaf)
-    stack = _turned(view, view.to_stack(leaf))
+    stack = view.to_stack(leaf)
     if view.count > 1:
         stack = _each(lambda matrix: function(matrix[None])[0], stack)
     else:
         stack = function(stack)
-    return view.from_stack(_turned(view, stack))
+    return view.from_stack(stack)
 
 
 def _each(function: Callable[[Array], Array], stack: Array) -> Array:
@@ -226,11 +232,6 @@ def _each(function: Callable[[Array], Array], stack: Array) -> Array:
         return jax.lax.dynamic_update_index_in_dim(stack, function(part), i, 0)
 
     return jax.lax.fori_loop(0, stack.shape[0], step, stack)
-
-
-def _turned(view: MatrixView, stack: Array) -> Array:
-    """The stack with its small side first; applied twice, the stack itself."""
-    return stack.mT if view.tall else stack
 
 
 def _buckets(

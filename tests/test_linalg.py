@@ -134,6 +134,25 @@ def test_the_largest_entries_stay_in_the_range_of_fp16(method, coefficients):
     _compare.assert_within(call("fp16"), call("fp32"), 0.05)
 
 
+@pytest.mark.parametrize("hot_dtype", list(HALF))
+@pytest.mark.parametrize("method", ["plain", "gram"])
+@pytest.mark.parametrize("preconditioner", ["frobenius", "aol"])
+@pytest.mark.parametrize("shape", [(12, 8), (8, 1)])
+def test_tall_matrices_follow_the_polynomial(hot_dtype, method, preconditioner, shape):
+    matrix, _, _ = with_values(np.geomspace(1.0, 0.05, shape[1]), shape, seed=9)
+    X = matrix / np.linalg.norm(matrix)
+    if preconditioner == "aol":
+        # arXiv 2512.04632: of a tall matrix, the columns are scaled.
+        X = matrix / np.sqrt(np.abs(matrix.T @ matrix).sum(axis=0))
+    for a, b, c in _linalg.coefficient_table("quintic", 5):
+        R = X.T @ X
+        X = a * X + X @ (b * R + c * R @ R)
+    actual = orthogonalize(
+        matrix, method=method, preconditioner=preconditioner, hot_dtype=hot_dtype
+    )
+    assert np.linalg.norm(actual - X) < HALF[hot_dtype] * np.linalg.norm(X)
+
+
 def test_gram_is_plain_in_float32():
     rng = np.random.default_rng(3)
     for steps in (1, 2, 3, 5, 7):

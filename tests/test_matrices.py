@@ -137,14 +137,14 @@ def test_every_bucketing_is_one_matrix_at_a_time(bucketing):
 @pytest.mark.parametrize(
     ("bucketing", "shapes"),
     [
-        # Chunks of (6, 3), a stack of (6, 3) and a (3, 6): one bucket of six.
-        ("batch", [(6, 3, 6), (1, 5, 5), (1, 3, 12)]),
+        # Chunks of (6, 3), a stack of (6, 3) and a (3, 6), turned: one bucket of six.
+        ("batch", [(6, 3, 6), (1, 5, 5), (1, 12, 3)]),
         # A loop goes through a stack where it lies.
-        ("loop", [(1, 3, 6), (1, 3, 6), (1, 3, 6), (1, 5, 5), (1, 3, 12)]),
-        ("leaf", [(3, 3, 6), (2, 3, 6), (1, 3, 6), (1, 5, 5), (1, 3, 12)]),
+        ("loop", [(1, 6, 3), (1, 6, 3), (1, 3, 6), (1, 5, 5), (1, 12, 3)]),
+        ("leaf", [(3, 6, 3), (2, 6, 3), (1, 3, 6), (1, 5, 5), (1, 12, 3)]),
     ],
 )
-def test_equal_shapes_share_a_call_small_side_first(bucketing, shapes):
+def test_equal_shapes_share_a_call(bucketing, shapes):
     seen = []
 
     def remember(stack):

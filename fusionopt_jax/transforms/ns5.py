@@ -52,6 +52,10 @@ SCALES: tuple[Scale, ...] = (None, "aspect", "rms")
 # carry over (Liu et al., arXiv 2502.16982).
 _ADAM_RMS = 0.2
 
+# The unit of the norm of what the iteration returns: its entries are at most about 1,
+# and far below only where `eps` outweighs the gradient.
+_RESULT_UNIT = 2.0**-40
+
 
 class NS5State(NamedTuple):
     """State of `ns5`.
@@ -211,7 +215,7 @@ def _aspect(view: MatrixView) -> float:
 
 def _rms_scaled(X: Array) -> Array:
     """Each matrix with a root mean square of 0.2; zero stays zero."""
-    norm = frobenius_norm(X)
+    norm = frobenius_norm(X, _RESULT_UNIT)
     target = _ADAM_RMS * (X.shape[-2] * X.shape[-1]) ** 0.5
     return X * jnp.where(norm > 0, target / jnp.where(norm > 0, norm, 1), 0)
 

@@ -64,7 +64,6 @@ _SAFETY: dict[str, float] = {"quintic": 1.0, "polar_express": 1.02}
 _GRAM_STEPS = {"fp32": 5}
 _GRAM_STEPS_HALF = 3
 
-
 # Leaves the products of two operands in reach of fp32 and loses nothing: entries down
 # to 1e-8 keep all bits of fp16.
 _LARGEST_UNIT = 4096.0

@@ -85,6 +85,8 @@ def candidates(params: Any) -> dict[str, optax.GradientTransformationExtraArgs]:
         },
         routing.labels,
     )
+    # The bucketing that isn't the default here.
+    other = "batch" if jax.default_backend() == "cpu" else "loop"
     direction = optax.scale_by_rms(0.99, bias_correction=True)
     found = {
         "fusionopt SF-NorMuon": fo.fusion_opt(RATE, routing=routing),
@@ -96,6 +98,9 @@ def candidates(params: Any) -> dict[str, optax.GradientTransformationExtraArgs]:
         ),
         "fusionopt ns5 (Muon)": optax.chain(
             spectral(fo.ns5(routing=routing)), optax.scale(-RATE)
+        ),
+        f"fusionopt ns5 (Muon), {other}": optax.chain(
+            spectral(fo.ns5(routing=routing, bucketing=other)), optax.scale(-RATE)
         ),
         "fusionopt SF-NorMuon + KL-Shampoo": fo.fusion_opt(
             RATE, components={"ns5", "normuon", "sf", "shampoo"}, routing=routing

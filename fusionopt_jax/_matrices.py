@@ -189,22 +189,25 @@ def _mapped(
             continue
         # Only stacks that are joined have to lie the same way.
         mixed = len({views[i].tall for i in members}) > 1
-        turn = lambda stack, i, mixed=mixed: (  # noqa: E731
-            stack.mT if mixed and views[i].tall else stack
-        )
+        turns = {i: mixed and views[i].tall for i in members}
         joined = jnp.concatenate(
-            [turn(views[i].to_stack(leaves[i]), i) for i in members]
+            [turned(views[i].to_stack(leaves[i]), turns[i]) for i in members]
         )
         if bucketing == "loop":
             done = _each(lambda matrix: function(matrix[None])[0], joined)
         else:
             done = spread(function, *leaves)(joined)
         start = 0
-        for i in members:
+        for i, turn in turns.items():
             part = done[start : start + views[i].count]
-            results[i] = views[i].from_stack(turn(part, i))
+            results[i] = views[i].from_stack(turned(part, turn))
             start += views[i].count
     return results
+
+
+def turned(stack: Array, turn: bool) -> Array:
+    """The stack, transposed if it is to be; its own inverse."""
+    return stack.mT if turn else stack
 
 
 def _loop(function: StackFunction, leaf: Array, view: MatrixView) -> Array:

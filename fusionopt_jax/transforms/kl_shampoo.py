@@ -56,6 +56,7 @@ from fusionopt_jax._matrices import (
     Bucketing,
     MatrixView,
     resolve_bucketing,
+    turned,
 )
 from fusionopt_jax._optax import TransformLike, accepting_extra_args, transformation
 from fusionopt_jax._placement import automatic, device_count, whole
@@ -302,6 +303,10 @@ def kl_shampoo(
         chosen = settings._replace(loop=loop)
         results, pairs = list(leaves), list(pairs)
         groups = 0
+
+        def stack_of(arrays: list[Array], i: int, turn: bool) -> Array:
+            return turned(views[i].to_stack(arrays[i]).astype(jnp.float32), turn)
+
         # On several devices a joined copy would be an exchange between them, and a loop
         # gains nothing from one.
         join = bucketing != "leaf" and device_count(*leaves) == 1
@@ -309,7 +314,7 @@ def kl_shampoo(
             # Only stacks that are joined have to lie the same way.
             turns = {i: len(members) > 1 and pairs[i][0] is None for i in members}
             gradient, direction = (
-                _joined([_turned(views[i].to_stack(x[i]), turns[i]) for i in members])
+                _joined([stack_of(x, i, turns[i]) for i in members])
                 for x in (leaves, directions)
             )
             pair = _joined([_swapped(pairs[i], turns[i]) for i in members])
@@ -323,7 +328,7 @@ def kl_shampoo(
             for i, turn in turns.items():
                 part = slice(start, start + views[i].count)
                 start = part.stop
-                done = _turned(result[part], turn).astype(leaves[i].dtype)
+                done = turned(result[part], turn).astype(leaves[i].dtype)
                 results[i] = views[i].from_stack(done)
                 mine = jax.tree.map(lambda stack, part=part: stack[part], pair)
                 pairs[i] = _swapped(mine, turn)
@@ -395,12 +400,6 @@ def _buckets(
         alone = not join or (loop and view.count > 1)
         buckets.setdefault(i if alone else (both, *shape), []).append(i)
     return list(buckets.values())
-
-
-def _turned(stack: Array, turn: bool) -> Array:
-    """The stack in fp32, transposed if it is to be; its own inverse."""
-    stack = stack.astype(jnp.float32)
-    return stack.mT if turn else stack
 
 
 def _swapped(pair: Pair, turn: bool) -> Pair:

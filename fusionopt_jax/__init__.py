@@ -28,7 +28,7 @@ from fusionopt_jax.transforms.polyak import PolyakState, polyak
 from fusionopt_jax.transforms.schedule_free import schedule_free
 from fusionopt_jax.transforms.snr_gate import SNRGateState, snr_gate
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AccumulateState",

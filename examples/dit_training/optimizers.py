@@ -1,4 +1,4 @@
-"""The four optimizers to compare, and which weights of a DiT are matrices."""
+"""The four optimizers to compare, on one split of a DiT's weights."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 import fusionopt_jax as fo
+from fusionopt_jax.dit.routing import ROUTING
 
 NAMES = ("fusion", "adamw", "muon", "sf-adamw")
 
@@ -23,23 +24,6 @@ WARMUP_STEPS = 100
 
 NEEDS_HORIZON = ("adamw", "muon")
 """Optimizers whose schedule depends on the total number of steps."""
-
-ROUTING = fo.Routing(
-    rules=(
-        # A fused kernel is several matrices side by side: each is orthogonalised alone.
-        fo.Rule(r"^blocks/attn/qkv/kernel$", axes=fo.MatrixAxes(chunks=3)),
-        fo.Rule(r"^blocks/adaLN_modulation/kernel$", axes=fo.MatrixAxes(chunks=6)),
-        fo.Rule(r"^final_layer/adaLN_modulation/kernel$", axes=fo.MatrixAxes(chunks=2)),
-        # What reads pixels, times and labels, and what writes pixels, does not mix
-        # hidden features; such layers go to Adam.
-        fo.Rule(
-            r"^(x_embedder|y_embedder|t_embedder/fc1|final_layer/linear)/",
-            label="scalar",
-        ),
-    ),
-    stacked=("blocks",),
-)
-"""How the tree of `dit.init_params` divides into matrices and the rest."""
 
 
 def build(

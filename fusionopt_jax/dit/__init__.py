@@ -6,9 +6,12 @@ Needs the extra `dit`: ``pip install "fusionopt-jax[dit]"``.
 try:
     import flax as _flax
 except ImportError as error:
+    # The name tells `python -m fusionopt_jax.dit` that its own package is what can't be
+    # imported: it then prints the message in one line, without a traceback.
     raise ImportError(
         "fusionopt_jax.dit needs Flax, which is not installed; install the extra "
-        '`dit`: pip install "fusionopt-jax[dit]".'
+        '`dit`: pip install "fusionopt-jax[dit]".',
+        name=__name__,
     ) from error
 
 from fusionopt_jax.dit.cache import (

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fusionopt_jax import __version__
 from fusionopt_jax._checks import did_you_mean
 from fusionopt_jax._types import Params
 from fusionopt_jax.dit.cache import build_cache, distinct_labels, strip_modulators
@@ -22,20 +23,10 @@ from fusionopt_jax.dit.cache_size import cache_bytes, modulator_bytes, size_text
 from fusionopt_jax.dit.checkpoint import from_pytorch
 from fusionopt_jax.dit.config import CONFIGS, DiTConfig
 from fusionopt_jax.dit.model import init_params
-from fusionopt_jax.dit.pictures import save_images
+from fusionopt_jax.dit.pictures import check_target, save_images
+from fusionopt_jax.dit.routing import ROUTING
 from fusionopt_jax.dit.samplers import Sampler
 from fusionopt_jax.dit.sampling import sample
-from fusionopt_jax.routing import Routing, Rule
-
-# Which kernels are matrices for the optimisers, and how the fused ones split.
-_ROUTING = Routing(
-    (
-        Rule("^blocks/attn/qkv/kernel$", chunks=3),
-        Rule("^blocks/adaLN_modulation/kernel$", chunks=6),
-        Rule("^final_layer/adaLN_modulation/kernel$", chunks=2),
-    ),
-    stacked=("blocks",),
-)
 
 _DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 
@@ -67,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fusionopt_jax.dit",
         description="Sample a diffusion transformer, or look into one.",
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"fusionopt_jax {__version__}"
     )
     commands = parser.add_subparsers(required=True, metavar="command")
 
@@ -133,9 +127,8 @@ def _sample(options: argparse.Namespace) -> None:
     if labels.size == 0:
         raise ValueError(f"`--count` must be at least 1, got {options.count}.")
     sampler = _sampler(options)
-    # A wrong ending should not cost a sampling run.
-    if options.out.suffix not in (".png", ".npy"):
-        raise ValueError(f"`--out` must end in .png or .npy, got {options.out}.")
+    # A file that can't be written should not cost a sampling run.
+    check_target(options.out)
     params, config = from_pytorch(
         options.weights, options.num_heads, entry=options.entry
     )
@@ -203,7 +196,7 @@ def _inspect(options: argparse.Namespace) -> None:
         config = CONFIGS[options.model]
         params = jax.eval_shape(lambda: init_params(config))
     sys.stdout.write(describe(params, config, options.steps, options.labels))
-    sys.stdout.write(f"\nfor training:\n{_ROUTING.table(params)}\n")
+    sys.stdout.write(f"\nfor training:\n{ROUTING.table(params)}\n")
 
 
 def describe(params: Params, config: DiTConfig, steps: int, labels: int) -> str:

@@ -33,6 +33,7 @@ def save_images(
     Raises:
         ValueError: If the ending is another one, or the values are not finite.
         ImportError: If Pillow is needed and not installed.
+        OSError: If there is no such folder, or it can't be written to.
 
     Example:
         >>> import tempfile
@@ -41,6 +42,7 @@ def save_images(
         '2 latents of shape 4x4x4 (decode them with their autoencoder)'
     """
     path = pathlib.Path(path)
+    check_target(path)
     values = np.asarray(images, np.float32)
     if not np.isfinite(values).all():
         raise ValueError(
@@ -54,15 +56,8 @@ def save_images(
     if path.suffix == ".npy":
         np.save(path, values)
         return said + (" (decode them with their autoencoder)" if latent else "")
-    if path.suffix != ".png":
-        raise ValueError(f"`path` must end in .png or .npy, got {path}.")
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError(
-            "writing a .png needs Pillow, which is not installed; install the extra "
-            '`examples`: pip install "fusionopt-jax[examples]", or write a .npy.'
-        ) from error
+    from PIL import Image
+
     grid = picture_grid(values, columns or len(values))
     Image.fromarray(grid.repeat(enlarge, axis=0).repeat(enlarge, axis=1)).save(path)
     if latent:
@@ -71,6 +66,46 @@ def save_images(
             "and decode it with the autoencoder to see pictures"
         )
     return said
+
+
+def check_target(path: str | os.PathLike[str]) -> None:
+    """Refuse a file that `save_images` could not write, before there is an image.
+
+    Args:
+        path: The file that will be written.
+
+    Raises:
+        ValueError: If the ending is neither ".png" nor ".npy".
+        ImportError: If Pillow is needed and not installed.
+        OSError: If there is no such folder, or it can't be written to.
+
+    Example:
+        >>> check_target("grid.jpg")
+        Traceback (most recent call last):
+        ...
+        ValueError: images are written to .png or .npy files, not to grid.jpg.
+    """
+    path = pathlib.Path(path)
+    if path.suffix not in (".png", ".npy"):
+        raise ValueError(f"images are written to .png or .npy files, not to {path}.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"the folder of {path} does not exist; make it first: mkdir -p "
+            f"{path.parent}"
+        )
+    # A file that is there is replaced in place, which needs no right to its folder.
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PermissionError(f"{path} can't be written; check who may write there.")
+    if path.suffix == ".png":
+        try:
+            import PIL.Image
+        except ImportError as error:
+            raise ImportError(
+                "writing a .png needs Pillow, which is not installed; install the "
+                'extra `examples`: pip install "fusionopt-jax[examples]", or write a '
+                ".npy."
+            ) from error
+        del PIL
 
 
 def picture_grid(

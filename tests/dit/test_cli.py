@@ -1,5 +1,6 @@
 """The command line, through its own entry point and once as a process."""
 
+import os
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+import fusionopt_jax
 from fusionopt_jax import dit
 from fusionopt_jax.dit import __main__ as command
 from fusionopt_jax.dit import pictures
@@ -121,6 +123,10 @@ def test_inspect_knows_the_published_sizes(capsys):
     assert f"{675_129_632 - 256 * 1152:,} parameters" in text
     assert "modulators 861.4 MiB in fp32, 33% of the parameters" in text
     assert "74.7 MiB in fp32" in text
+    # The first time kernel reads sines and cosines, no hidden features.
+    routes = text.split("for training:")[1].splitlines()
+    (time_kernel,) = [line for line in routes if line.startswith("t_embedder/fc1/k")]
+    assert "scalar" in time_kernel
     # 28 layers of three and of six square kernels.
     assert "84 x (1152, 1152)" in text
     assert "168 x (1152, 1152)" in text
@@ -131,6 +137,7 @@ def test_inspect_knows_the_published_sizes(capsys):
     [
         (["sample", "--labels", "3;7", "--out", "a.npy"], "commas"),
         (["sample", "--labels", "3", "--out", "a.jpg"], ".png or .npy"),
+        (["sample", "--labels", "3", "--out", "none/a.npy"], "mkdir -p none"),
         (["sample", "--labels", "3", "--out", "a.npy", "--count", "0"], "--count"),
         (["sample", "--labels", "11", "--out", "a.npy"], "must lie in"),
         (["sample", "--labels", "3", "--out", "a.npy", "--steps", "x"], "respacing"),
@@ -172,6 +179,48 @@ def test_runs_as_a_module():
     )
     assert done.returncode == 0, done.stderr
     assert "--cfg" in done.stdout
+
+
+def test_without_flax_it_names_the_extra_in_one_line():
+    script = (
+        "import runpy, sys; sys.modules['flax'] = None; sys.argv = ['dit', '--help'];"
+        "runpy._run_module_as_main('fusionopt_jax.dit', alter_argv=False)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert 'pip install "fusionopt-jax[dit]"' in done.stderr
+
+
+def test_says_its_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        run("--version")
+    assert capsys.readouterr().out == f"fusionopt_jax {fusionopt_jax.__version__}\n"
+
+
+@pytest.mark.parametrize("out", ["none/a.npy", "none/a.png", "a.jpg"])
+def test_a_wrong_target_is_an_error_before_sampling(
+    weights, monkeypatch, tmp_path, out
+):
+    def sample(*arguments, **options):
+        raise AssertionError("sampled")
+
+    monkeypatch.setattr(command, "sample", sample)
+    base = ("sample", "--weights", weights, "--num-heads", 2, "--labels", 3)
+    assert run(*base, "--out", tmp_path / out) == 1
+
+
+def test_a_folder_without_permission_is_an_error(monkeypatch, tmp_path):
+    # Asked of the system, since a superuser may write anywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(PermissionError, match=r"a\.npy"):
+        pictures.check_target(tmp_path / "a.npy")
 
 
 def test_grids_are_filled_column_by_column():

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any, TypeGuard
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 
@@ -92,6 +93,26 @@ def check_rate_or_schedule(name: str, value: Any) -> None:
     """Require a non-negative number or a function of the step count."""
     if not callable(value):
         check_non_negative(name, value)
+
+
+def check_scalar_value(component: str, value: Any) -> None:
+    """Require that a loss handed to `update` is one real number.
+
+    An array of shape (1,) would give every number computed from it that shape, and with
+    it the state another structure than `init` made.
+    """
+    shape = getattr(value, "shape", ())
+    if isinstance(value, list | tuple) or shape != ():
+        got = f"of shape {shape}" if shape else repr(value)
+        raise ValueError(
+            f"`{component}` needs the loss as one number, got a `value` {got}. Reduce "
+            "it first: `value=jnp.mean(loss)`, or `value=loss[0]` of a single one."
+        )
+    if jnp.issubdtype(jnp.result_type(value), jnp.complexfloating):
+        raise ValueError(
+            f"`{component}` needs a real loss, got a `value` of dtype "
+            f"{jnp.result_type(value)}."
+        )
 
 
 def did_you_mean(value: object, choices: Iterable[Any]) -> str:

@@ -23,6 +23,8 @@ import jax
 from fusionopt_jax._checks import (
     check_choice,
     check_integer,
+    check_positive,
+    is_concrete_number,
     path_keys,
     shape_text,
 )
@@ -98,12 +100,7 @@ class MatrixAxes:
                 object.__setattr__(self, name, tuple(value))
 
     def __repr__(self) -> str:
-        shown = [
-            f"{field.name}={getattr(self, field.name)!r}"
-            for field in dataclasses.fields(self)
-            if getattr(self, field.name) != field.default
-        ]
-        return f"MatrixAxes({', '.join(shown)})"
+        return f"MatrixAxes({', '.join(_settings(self))})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,23 +114,35 @@ class Rule:
             let the size of the matrices decide.
         axes: A `MatrixAxes`, or an `optax.contrib.MuonDimensionNumbers`.
         chunks: Short for `MatrixAxes(chunks=...)`; overrides the one in `axes`.
+        scale: Factor on the learning rate of the leaves it finds, a positive number;
+            `Routing.scales` gives it to whoever applies the rate.
 
     Raises:
-        ValueError: If the pattern is no regular expression.
-        TypeError: If `axes` is none of the two kinds.
+        ValueError: If the pattern is no regular expression, or `scale` is not positive.
+        TypeError: If `axes` is none of the two kinds, or `scale` is no plain number.
 
     Example:
         >>> Rule("attn/qkv/kernel", chunks=3)
-        Rule(pattern='attn/qkv/kernel', label=None, axes=MatrixAxes(chunks=3))
+        Rule('attn/qkv/kernel', axes=MatrixAxes(chunks=3))
+        >>> Rule("^head/", scale=0.1)
+        Rule('^head/', scale=0.1)
     """
 
     pattern: str
     label: str | None = None
     axes: MatrixAxes | DimensionNumbers | None = None
     chunks: dataclasses.InitVar[int | None] = None
+    scale: float | int = 1.0
 
     def __post_init__(self, chunks: int | None) -> None:
         _compile("pattern", self.pattern)
+        if not is_concrete_number(self.scale):
+            raise TypeError(
+                f"`scale` must be a plain number, got {self.scale!r} of type "
+                f"{type(self.scale).__name__}; a factor that changes belongs in a "
+                "schedule."
+            )
+        check_positive("scale", self.scale)
         axes = self.axes
         if axes is not None and not isinstance(axes, MatrixAxes):
             if not isinstance(axes, DimensionNumbers):
@@ -146,6 +155,9 @@ class Rule:
             axes = dataclasses.replace(axes or MatrixAxes(), chunks=chunks)
         object.__setattr__(self, "axes", axes)
 
+    def __repr__(self) -> str:
+        return f"Rule({', '.join([repr(self.pattern), *_settings(self, 'pattern')])})"
+
 
 @dataclasses.dataclass(frozen=True)
 class Route:
@@ -157,6 +169,7 @@ class Route:
         label: The group it belongs to.
         view: Its matrices, or `None` if it has none.
         reason: Why, in words.
+        scale: Factor on its learning rate.
     """
 
     path: str
@@ -164,6 +177,7 @@ class Route:
     label: str
     view: MatrixView | None
     reason: str
+    scale: float = 1.0
 
     @property
     def description(self) -> str:
@@ -246,6 +260,27 @@ class Routing:
         labels = [route.label for route in self.routes(params)]
         return jax.tree.unflatten(jax.tree.structure(params), labels)
 
+    def scales(self, params: Params) -> Any:
+        """A tree like `params` with the factor on each leaf's learning rate.
+
+        It is the `scale` of the first rule that finds the leaf, whatever decides its
+        label, and 1 where there is none.
+
+        Args:
+            params: Arrays, or anything with a shape.
+
+        Returns:
+            The same tree with a float in place of each leaf.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> params = {"body": jnp.ones((4, 4)), "head": jnp.ones((4, 4))}
+            >>> Routing([Rule("^head", scale=0.1)]).scales(params)
+            {'body': 1.0, 'head': 0.1}
+        """
+        scales = [route.scale for route in self.routes(params)]
+        return jax.tree.unflatten(jax.tree.structure(params), scales)
+
     def routes(self, params: Params) -> list[Route]:
         """What the routing says of each leaf, in the order of the tree's leaves."""
         leaves = jax.tree_util.tree_flatten_with_path(params)[0]
@@ -254,18 +289,29 @@ class Routing:
         return routes
 
     def table(self, params: Params) -> str:
-        """The split as text, for a person to read before training."""
+        """The split as text, for a person to read before training.
+
+        Factors on the learning rate have a column where there are any.
+        """
         routes = self.routes(params)
-        rows = [("path", "shape", "label", "matrices", "why")]
+        scaled = any(route.scale != 1 for route in routes)
+        rows = [("path", "shape", "label", "matrices", "why", *["rate"] * scaled)]
         for route in routes:
             matrices = ""
             if route.view is not None:
                 inputs, outputs = route.view.matrix_shape
                 matrices = f"{route.view.count} x ({inputs}, {outputs})"
             rows.append(
-                (route.path, str(route.shape), route.label, matrices, route.reason)
+                (
+                    route.path,
+                    str(route.shape),
+                    route.label,
+                    matrices,
+                    route.reason,
+                    *[f"x {route.scale:g}" if route.scale != 1 else ""] * scaled,
+                )
             )
-        widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             "  ".join(
                 cell.ljust(width) for cell, width in zip(row, widths, strict=True)
@@ -323,7 +369,8 @@ class Routing:
                 f"{SPECTRAL!r}, but nothing says which of its axes make a matrix. "
                 f"{_AXES_REMEDY}"
             )
-        return Route(name, shape, label, view, reason)
+        scale = 1.0 if rule is None else float(rule.scale)
+        return Route(name, shape, label, view, reason, scale)
 
     def _decide(
         self,
@@ -486,6 +533,15 @@ def _is_embedding(name: str) -> bool:
     parts = name.split("/")
     layer = parts[-2:-1] if parts[-1] == "weight" else parts[-1:]
     return any(_EMBEDDING.search(part.lower()) for part in layer)
+
+
+def _settings(made: Any, *without: str) -> list[str]:
+    """The settings of a dataclass that are not its defaults, as a call spells them."""
+    return [
+        f"{field.name}={getattr(made, field.name)!r}"
+        for field in dataclasses.fields(made)
+        if field.name not in without and getattr(made, field.name) != field.default
+    ]
 
 
 def _finds(pattern: str, name: str) -> bool:

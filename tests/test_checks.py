@@ -69,6 +69,20 @@ def test_rates_are_numbers_or_schedules():
         _checks.check_rate_or_schedule("learning_rate", "1e-3")
 
 
+@pytest.mark.parametrize("value", [1, 0.5, np.float64(2), jnp.ones(()), np.ones(())])
+def test_a_loss_is_one_number(value):
+    _checks.check_scalar_value("polyak", value)
+    jax.jit(lambda v: _checks.check_scalar_value("polyak", v))(value)
+
+
+@pytest.mark.parametrize("value", [np.ones(1), jnp.ones((2, 1)), [1.0], (1.0,)])
+def test_a_loss_of_another_shape_is_refused(value):
+    with pytest.raises(ValueError, match=r"`polyak`.*one number.*jnp\.mean"):
+        _checks.check_scalar_value("polyak", value)
+    with pytest.raises(ValueError, match="real loss"):
+        _checks.check_scalar_value("polyak", 1j)
+
+
 def test_shapes_are_printed_as_jax_prints_them():
     leaf = jax.ShapeDtypeStruct((3, 4), jnp.bfloat16)
     assert _checks.shape_text(leaf) == "bfloat16[3, 4]"

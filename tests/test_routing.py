@@ -295,6 +295,34 @@ def test_the_table_is_what_a_person_reads():
     assert lines[-1].endswith(f"spectral: 2 leaves, {spectral:,} parameters")
 
 
+def test_a_rule_scales_the_rate_of_the_leaves_it_finds():
+    rules = [
+        fo.Rule("^head/kernel", scale=0.1),
+        # The first rule that finds a leaf decides, and `force_scalar` only the label.
+        fo.Rule("^head", "mine", scale=2),
+    ]
+    routing = fo.Routing(rules, stacked=["blocks"], force_scalar=["head/kernel"])
+    scales = routing.scales(TRANSFORMER)
+    assert scales["head"] == {"kernel": 0.1, "bias": 2.0}
+    assert set(jax.tree.leaves(scales["blocks"])) == {1.0}
+    assert label_of(routing)["head/kernel"] == "scalar"
+    lines = routing.table(TRANSFORMER).splitlines()
+    assert lines[0].split()[-1] == "rate"
+    [head] = [line for line in lines if line.startswith("head/kernel")]
+    assert head.endswith("x 0.1")
+    # A factor moves no leaf to other state.
+    plain = fo.Routing([fo.Rule("^head/bias", "mine")], stacked=["blocks"])
+    scaled = fo.Routing([fo.Rule("^head/bias", "mine", scale=3)], stacked=["blocks"])
+    plain.check(TRANSFORMER, scaled.fingerprint(TRANSFORMER))
+    assert "rate" not in plain.table(TRANSFORMER)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), jnp.ones(()), "0.1", True])
+def test_a_scale_is_a_positive_number(scale):
+    with pytest.raises((TypeError, ValueError), match="`scale`"):
+        _cases.unchecked(fo.Rule, "head", scale=scale)
+
+
 def test_is_frozen_hashable_and_no_function():
     routing = fo.Routing([fo.Rule("head", "scalar")], stacked=["blocks/"])
     again = fo.Routing((fo.Rule("head", "scalar"),), stacked=("blocks",))

@@ -4,15 +4,21 @@ The file is a zip of `program.bin`, one `.npy` per array, `signature.json` and
 `README.txt`, which shows how to run it with JAX and NumPy alone. JAX reads programs
 with the FlatBuffers runtime, which it does not install, so the zip carries that small
 package too. Nothing in it is pickled.
+
+`SHA256SUMS` has the digest of every other member, in the form that `sha256sum -c`
+reads. A zip's own checksum holds for the bytes that its directory points at, whatever
+they are; the digests say that they are the ones that were written.
 """
 
+import hashlib
 import io
 import json
 import os
+import struct
 import zipfile
 from collections.abc import Mapping, Sequence
 from importlib import metadata
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,8 +27,11 @@ from jaxtyping import Array
 
 from fusionopt_jax.dit.whole_file import replacing
 
-FORMAT = "fusionopt_jax sampler 1"
+FORMAT = "fusionopt_jax sampler 2"
 """First entry of `signature.json`; a reader refuses any other."""
+
+DIGESTS = "SHA256SUMS"
+"""The member that holds the digests of the others."""
 
 README = """\
 A sampler of a diffusion transformer, to be run with JAX and NumPy alone:
@@ -49,6 +58,7 @@ if signature["needs_key"]:
 images = np.asarray(jax.jit(program.call)(*inputs))
 
 Only the labels in signature.json can be asked for; any other gives NaN.
+To see whether the file is whole, unpack it and run: sha256sum -c SHA256SUMS
 As with any program, run only files that you trust.
 
 The folder flatbuffers is the FlatBuffers runtime (https://github.com/google/flatbuffers,
@@ -83,14 +93,23 @@ def write_archive(
         for index, (name, array) in enumerate(named)
     ]
     signature = {"format": FORMAT, **signature, "arrays": entries}
+    digests = {}
     with replacing(path) as stream, zipfile.ZipFile(stream, "w") as file:
-        file.writestr("README.txt", README)
-        file.writestr("signature.json", json.dumps(signature, indent=1))
-        file.writestr("program.bin", bytes(program.serialize()))
-        for entry, (_, array) in zip(entries, named, strict=True):
-            file.writestr(entry["file"], _array_bytes(array))
-        for name, content in runtime.items():
+
+        def add(name: str, content: bytes) -> None:
+            """One member and its digest."""
+            digests[name] = hashlib.sha256(content).hexdigest()
             file.writestr(name, content)
+
+        add("README.txt", README.encode())
+        add("signature.json", json.dumps(signature, indent=1).encode())
+        add("program.bin", bytes(program.serialize()))
+        for entry, (_, array) in zip(entries, named, strict=True):
+            add(entry["file"], _array_bytes(array))
+        for name, content in runtime.items():
+            add(name, content)
+        lines = [f"{digest}  {name}\n" for name, digest in digests.items()]
+        file.writestr(DIGESTS, "".join(lines))
 
 
 def read_archive(
@@ -123,24 +142,56 @@ def read_archive(
         Array(2., dtype=float32)
     """
     _flatbuffers_files()
-    try:
-        with zipfile.ZipFile(path) as file:
-            signature = json.loads(file.read("signature.json"))
+    with open(path, "rb") as stream:
+        try:
+            members = _read_members(stream)
+            signature = json.loads(members["signature.json"])
             if signature.get("format") != FORMAT:
                 raise ValueError(
                     f"its format is {signature.get('format')!r}, not {FORMAT!r}"
                 )
-            program = export.deserialize(bytearray(file.read("program.bin")))
-            arrays = [
-                _read_array(file.read(entry["file"]), entry["dtype"])
-                for entry in signature["arrays"]
-            ]
-    except (zipfile.BadZipFile, KeyError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{os.fspath(path)} is not a sampler that `export_sampler` wrote: {error}; "
-            "export it again."
-        ) from error
+        except _DAMAGE as error:
+            raise ValueError(
+                f"{os.fspath(path)} is not a sampler that this version's "
+                f"`export_sampler` wrote, or is damaged: {error}; export it again."
+            ) from error
+    program = export.deserialize(bytearray(members["program.bin"]))
+    arrays = [
+        _read_array(members.pop(entry["file"]), entry["dtype"])
+        for entry in signature["arrays"]
+    ]
     return signature, program, arrays
+
+
+# What reading a zip raises where bytes are not what a writer would have written, and
+# what a signature does that is none.
+_DAMAGE = (
+    zipfile.BadZipFile,
+    RuntimeError,
+    EOFError,
+    struct.error,
+    ValueError,
+    KeyError,
+    AttributeError,
+)
+
+
+def _read_members(stream: BinaryIO) -> dict[str, bytes]:
+    """Every member but the digests, each the one that was written."""
+    with zipfile.ZipFile(stream) as file:
+        for member in file.infolist():
+            # Nothing here is compressed, so nothing can unfold to more than the file.
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{member.filename} is compressed")
+        lines = file.read(DIGESTS).decode().splitlines()
+        digests = dict(reversed(line.split("  ", 1)) for line in lines)
+        if sorted([*digests, DIGESTS]) != sorted(file.namelist()):
+            raise ValueError(f"its members are not those that {DIGESTS} lists")
+        members = {name: file.read(name) for name in digests}
+    for name, content in members.items():
+        if hashlib.sha256(content).hexdigest() != digests[name]:
+            raise ValueError(f"{name} does not have the digest that {DIGESTS} lists")
+    return members
 
 
 def _flatbuffers_files() -> dict[str, bytes]:

@@ -153,6 +153,87 @@ def test_a_file_that_is_no_sampler_is_an_error(exported, tmp_path):
             dit.load_sampler(damaged)
 
 
+def rewritten(source, path, changes):
+    """The archive with other contents of some members, each with its own checksum."""
+    with zipfile.ZipFile(source) as file, zipfile.ZipFile(path, "w") as new:
+        for name in file.namelist():
+            new.writestr(name, changes.get(name, file.read(name)))
+
+
+def test_members_that_a_zip_finds_right_are_compared_with_their_digests(
+    exported, tmp_path
+):
+    path = tmp_path / "rewritten.zip"
+    with zipfile.ZipFile(exported) as file:
+        members = {name: file.read(name) for name in file.namelist()}
+    rewritten(exported, path, {})
+    dit.load_sampler(path)
+    for name in members.keys() - {"SHA256SUMS"}:
+        content = bytearray(members[name])
+        content[len(content) // 2] ^= 1
+        rewritten(exported, path, {name: bytes(content)})
+        with pytest.raises(ValueError, match=f"{name} does not have the digest"):
+            dit.load_sampler(path)
+    # Two arrays of one shape that changed places.
+    one, other = (f"arrays/{index}.npy" for index in (0, 2))
+    rewritten(exported, path, {one: members[other], other: members[one]})
+    with pytest.raises(ValueError, match="digest"):
+        dit.load_sampler(path)
+    with zipfile.ZipFile(exported) as file, zipfile.ZipFile(path, "w") as new:
+        for name in file.namelist()[:-1]:
+            new.writestr(name, file.read(name))
+    with pytest.raises(ValueError, match="SHA256SUMS"):
+        dit.load_sampler(path)
+
+
+def damaged(content, kind, rng):
+    """The bytes of a file after an accident."""
+    content = bytearray(content)
+    start = int(rng.integers(len(content)))
+    if kind == "truncated":
+        return bytes(content[:start])
+    if kind == "zeroed":
+        end = start + int(rng.integers(1, 4096))
+        content[start:end] = bytes(len(content[start:end]))
+    elif kind == "directory":
+        # The directory at the end says where members lie; few flips would meet it.
+        where = len(content) - 1 - int(rng.integers(4000))
+        content[where] ^= 1 << int(rng.integers(8))
+    else:
+        content[start] ^= 1 << int(rng.integers(8))
+    return bytes(content)
+
+
+def check_damage(exported, loaded, path, rng, count):
+    """Damage a file `count` times: each is refused, or says what it said before."""
+    whole, refused = exported.read_bytes(), 0
+    for index in range(count):
+        kind = ("flipped", "truncated", "zeroed", "directory")[index % 4]
+        path.write_bytes(damaged(whole, kind, rng))
+        try:
+            again = dit.load_sampler(path)
+        except ValueError:
+            refused += 1
+            continue
+        # A flag or a date in the zip, which stand for nothing that is read.
+        assert again.signature == loaded.signature
+        for array, expected in zip(again.arrays, loaded.arrays, strict=True):
+            assert array.dtype == expected.dtype
+            np.testing.assert_array_equal(array, expected)
+    return refused
+
+
+def test_damaged_files_are_refused(exported, loaded, tmp_path, rng):
+    refused = check_damage(exported, loaded, tmp_path / "damaged.zip", rng, 20)
+    assert refused >= 15
+
+
+@pytest.mark.exhaustive
+def test_many_damaged_files_are_refused(exported, loaded, tmp_path, rng):
+    refused = check_damage(exported, loaded, tmp_path / "damaged.zip", rng, 600)
+    assert refused >= 450
+
+
 def test_a_file_for_other_platforms_is_an_error(exported, tmp_path):
     path = tmp_path / "cuda.zip"
     params, sampler = weights(), dit.Sampler.euler(1)

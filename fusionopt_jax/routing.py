@@ -28,7 +28,7 @@ from fusionopt_jax._checks import (
     path_keys,
     shape_text,
 )
-from fusionopt_jax._matrices import MatrixView
+from fusionopt_jax._matrices.view import MatrixView
 from fusionopt_jax._types import Array, KeyPath, Params
 
 Axes: TypeAlias = int | Sequence[int]

@@ -14,7 +14,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 import fusionopt_jax as fo
-from fusionopt_jax import _linalg
+from fusionopt_jax._matrices import newton_schulz
 
 ROUTING = fo.Routing(min_dim=16, stacked=("blocks",))
 # What the calls into LAPACK and cuSOLVER of eigendecompositions and SVDs are named.
@@ -197,10 +197,10 @@ def counted_operations(function, *args):
 def test_operations_are_counted_exactly(
     coefficients, steps_taken, method, hot_dtype, preconditioner
 ):
-    table = _linalg.coefficient_table(coefficients, steps_taken)
+    table = newton_schulz.coefficient_table(coefficients, steps_taken)
     stack = jax.ShapeDtypeStruct((1, 8, 24), jnp.float32)
     counted = counted_operations(
-        lambda stack: _linalg.newton_schulz(
+        lambda stack: newton_schulz.newton_schulz(
             stack,
             table,
             method=method,
@@ -209,12 +209,12 @@ def test_operations_are_counted_exactly(
         ),
         stack,
     )
-    expected = _linalg.newton_schulz_flops(8, 24, table, method, hot_dtype)
+    expected = newton_schulz.newton_schulz_flops(8, 24, table, method, hot_dtype)
     assert counted == expected
 
 
 def test_the_cheaper_form_is_taken():
     """Gram from n/m of 1.5 on: 4a + 34 against 20a + 10 units of m³ for five steps."""
-    table = _linalg.coefficient_table("quintic", 5)
-    chosen = {n: _linalg.cheaper_method(64, n, table) for n in (64, 95, 97, 256)}
+    table = newton_schulz.coefficient_table("quintic", 5)
+    chosen = {n: newton_schulz.cheaper_method(64, n, table) for n in (64, 95, 97, 256)}
     assert chosen == {64: "plain", 95: "plain", 97: "gram", 256: "gram"}

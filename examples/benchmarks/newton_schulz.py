@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fusionopt_jax import _linalg
+from fusionopt_jax._matrices import newton_schulz
 
 SHAPES = ((384, 384), (384, 1152), (384, 1536), (384, 2304))
 GPU_SHAPES = (*SHAPES, (768, 3072), (1152, 1152), (1152, 4608), (1152, 6912))
@@ -50,12 +50,12 @@ def orthogonaliser(settings: dict[str, Any]) -> Any:
     """A function of a stack."""
     settings = dict(settings)
     coefficients = settings.pop("coefficients")
-    table = _linalg.coefficient_table(coefficients, settings.pop("steps"))
-    safety = _linalg.safety_factor(coefficients)
+    table = newton_schulz.coefficient_table(coefficients, settings.pop("steps"))
+    safety = newton_schulz.safety_factor(coefficients)
     looped = jax.default_backend() == "cpu"
 
     def orthogonalise(stack: jax.Array) -> jax.Array:
-        call = lambda part: _linalg.newton_schulz(  # noqa: E731
+        call = lambda part: newton_schulz.newton_schulz(  # noqa: E731
             part, table, eps=EPS, safety=safety, **settings
         )
         if looped:
@@ -91,8 +91,10 @@ def errors(orthogonalise: Any, settings: dict[str, Any], matrix: np.ndarray) -> 
     rounding = None
     if settings.get("preconditioner") != "aol":
         coefficients = settings["coefficients"]
-        scaled = values / np.linalg.norm(values) / _linalg.safety_factor(coefficients)
-        table = _linalg.coefficient_table(coefficients, settings["steps"])
+        scaled = (
+            values / np.linalg.norm(values) / newton_schulz.safety_factor(coefficients)
+        )
+        table = newton_schulz.coefficient_table(coefficients, settings["steps"])
         for a, b, c in table:
             scaled = a * scaled + b * scaled**3 + c * scaled**5
         exact = (left * np.where(kept, scaled, 0)) @ right
@@ -170,14 +172,14 @@ def time_all(
         times = measure.interleave(runs, options.rounds)
         rate = flops / times["plain product"].median
         for name, settings in chosen.items():
-            table = _linalg.coefficient_table(
+            table = newton_schulz.coefficient_table(
                 settings["coefficients"], settings["steps"]
             )
             dtype_name = settings["hot_dtype"]
             method = settings["method"]
             if method == "auto":
-                method = _linalg.cheaper_method(m, n, table, dtype_name)
-            work = options.count * _linalg.newton_schulz_flops(
+                method = newton_schulz.cheaper_method(m, n, table, dtype_name)
+            work = options.count * newton_schulz.newton_schulz_flops(
                 m, n, table, method, dtype_name
             )
             time = times[name]

@@ -23,7 +23,7 @@ import optax
 
 import fusionopt_jax as fo
 from fusionopt_jax import dit
-from fusionopt_jax._linalg import (
+from fusionopt_jax._matrices.newton_schulz import (
     cheaper_method,
     coefficient_table,
     newton_schulz_flops,

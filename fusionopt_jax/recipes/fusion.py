@@ -15,7 +15,7 @@ from fusionopt_jax._checks import (
     check_rate_or_schedule,
     is_concrete_number,
 )
-from fusionopt_jax._linalg import HotDtype, Preconditioner
+from fusionopt_jax._matrices.newton_schulz import HotDtype, Preconditioner
 from fusionopt_jax._optax import in_float32, keeping_dtype
 from fusionopt_jax._types import Number, ScalarOrSchedule
 from fusionopt_jax.routing import SCALAR, SPECTRAL, Routing

@@ -19,9 +19,9 @@ from fusionopt_jax._checks import (
     check_rate_or_schedule,
     is_concrete_number,
 )
-from fusionopt_jax._matrices import MatrixView
+from fusionopt_jax._matrices.placement import automatic
+from fusionopt_jax._matrices.view import MatrixView
 from fusionopt_jax._optax import keeping_dtype, transformation
-from fusionopt_jax._placement import automatic
 from fusionopt_jax._types import (
     Array,
     Count,

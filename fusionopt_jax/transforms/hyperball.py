@@ -14,10 +14,10 @@ import optax
 from jax.sharding import PartitionSpec
 
 from fusionopt_jax._checks import check_rate_or_schedule
-from fusionopt_jax._linalg import frobenius_norm
-from fusionopt_jax._matrices import MatrixView
+from fusionopt_jax._matrices.newton_schulz import frobenius_norm
+from fusionopt_jax._matrices.placement import automatic
+from fusionopt_jax._matrices.view import MatrixView
 from fusionopt_jax._optax import TransformLike, accepting_extra_args, transformation
-from fusionopt_jax._placement import automatic
 from fusionopt_jax._types import Array, Count, Float, Params, Scalar, ScalarOrSchedule
 from fusionopt_jax.iterates import schedule_free_states
 from fusionopt_jax.routing import Routing, matrix_views

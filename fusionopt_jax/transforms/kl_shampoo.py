@@ -27,12 +27,12 @@ from fusionopt_jax._checks import (
     check_number,
     check_positive,
 )
-from fusionopt_jax._eigenbasis import (
+from fusionopt_jax._matrices.eigenbasis import (
     ORTHONORMALISATIONS,
     Number,
     Orthonormalisation,
 )
-from fusionopt_jax._kronecker import (
+from fusionopt_jax._matrices.kronecker import (
     FIRST_BASES,
     SCALINGS,
     SIDES,
@@ -50,8 +50,9 @@ from fusionopt_jax._kronecker import (
     kl_step,
     renewed_bases,
 )
-from fusionopt_jax._linalg import frobenius_norm
-from fusionopt_jax._matrices import (
+from fusionopt_jax._matrices.newton_schulz import frobenius_norm
+from fusionopt_jax._matrices.placement import automatic, device_count, whole
+from fusionopt_jax._matrices.view import (
     BUCKETINGS,
     Bucketing,
     MatrixView,
@@ -59,7 +60,6 @@ from fusionopt_jax._matrices import (
     turned,
 )
 from fusionopt_jax._optax import TransformLike, accepting_extra_args, transformation
-from fusionopt_jax._placement import automatic, device_count, whole
 from fusionopt_jax._types import Array, Count, Params
 from fusionopt_jax.routing import Routing, matrix_views
 

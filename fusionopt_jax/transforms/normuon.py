@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import optax
 
 from fusionopt_jax._checks import check_decay_rate, check_non_negative
-from fusionopt_jax._matrices import MatrixView
+from fusionopt_jax._matrices.placement import automatic
+from fusionopt_jax._matrices.view import MatrixView
 from fusionopt_jax._optax import transformation
-from fusionopt_jax._placement import automatic
 from fusionopt_jax._types import Array, Float, Number, Params
 from fusionopt_jax.routing import Routing, matrix_views
 

@@ -21,7 +21,7 @@ from fusionopt_jax._checks import (
     check_integer,
     check_non_negative,
 )
-from fusionopt_jax._linalg import (
+from fusionopt_jax._matrices.newton_schulz import (
     COEFFICIENTS,
     HOT_DTYPES,
     METHODS,
@@ -34,7 +34,7 @@ from fusionopt_jax._linalg import (
     newton_schulz,
     safety_factor,
 )
-from fusionopt_jax._matrices import (
+from fusionopt_jax._matrices.view import (
     BUCKETINGS,
     Bucketing,
     MatrixView,

@@ -20,9 +20,9 @@ from fusionopt_jax._checks import (
     check_number,
     check_positive,
 )
-from fusionopt_jax._matrices import MatrixView
+from fusionopt_jax._matrices.placement import automatic
+from fusionopt_jax._matrices.view import MatrixView
 from fusionopt_jax._optax import TransformLike, accepting_extra_args, transformation
-from fusionopt_jax._placement import automatic
 from fusionopt_jax._types import Array, Count, Number, Params, Scalar
 from fusionopt_jax.routing import Routing, matrix_views
 

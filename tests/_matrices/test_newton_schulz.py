@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fusionopt_jax import _linalg
+from fusionopt_jax._matrices import newton_schulz
 from tests import _compare
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -18,9 +18,11 @@ SHAPES = [(8, 8), (8, 12), (8, 40), (1, 8)]
 
 @functools.cache
 def compiled(coefficients="quintic", steps=5, **settings):
-    table = _linalg.coefficient_table(coefficients, steps)
-    safety = _linalg.safety_factor(coefficients)
-    return jax.jit(lambda G: _linalg.newton_schulz(G, table, safety=safety, **settings))
+    table = newton_schulz.coefficient_table(coefficients, steps)
+    safety = newton_schulz.safety_factor(coefficients)
+    return jax.jit(
+        lambda G: newton_schulz.newton_schulz(G, table, safety=safety, **settings)
+    )
 
 
 def orthogonalize(matrix, **settings):
@@ -56,8 +58,8 @@ HALF = {"fp32": 5e-5, "bf16": 0.15, "fp16": 0.02, "fp16_safe": 0.02}
 def test_singular_values_follow_the_polynomial(shape, method, coefficients):
     values = np.geomspace(1.0, 0.05, shape[0])
     matrix, left, right = with_values(values, shape)
-    rows = _linalg.coefficient_table(coefficients, 5)
-    expected = on_values(values, rows, _linalg.safety_factor(coefficients))
+    rows = newton_schulz.coefficient_table(coefficients, 5)
+    expected = on_values(values, rows, newton_schulz.safety_factor(coefficients))
     actual = orthogonalize(matrix, coefficients=coefficients, method=method)
     _compare.assert_within(actual, (left * expected) @ right, HALF["fp32"])
 
@@ -107,7 +109,7 @@ def test_large_matrices_keep_every_bit_of_fp16(hot_dtype, method, settings):
     else:
         values /= np.linalg.norm(values)
     size = np.linalg.norm(values)
-    rows = _linalg.coefficient_table("quintic", 5)
+    rows = newton_schulz.coefficient_table("quintic", 5)
     for a, b, c in rows:
         values = a * values + b * values**3 + c * values**5
     expected = (left * np.where(np.arange(128) < 4, values, 0)) @ right
@@ -144,7 +146,7 @@ def test_tall_matrices_follow_the_polynomial(hot_dtype, method, preconditioner, 
     if preconditioner == "aol":
         # arXiv 2512.04632: of a tall matrix, the columns are scaled.
         X = matrix / np.sqrt(np.abs(matrix.T @ matrix).sum(axis=0))
-    for a, b, c in _linalg.coefficient_table("quintic", 5):
+    for a, b, c in newton_schulz.coefficient_table("quintic", 5):
         R = X.T @ X
         X = a * X + X @ (b * R + c * R @ R)
     actual = orthogonalize(
@@ -183,7 +185,7 @@ def test_aol_scales_below_one_and_does_in_four_steps_what_takes_five():
     for shape in SHAPES:
         X = rng.normal(size=shape)
         X /= np.linalg.norm(X)
-        scaled = X * _linalg._aol_scale(jnp.asarray(X @ X.T, jnp.float32))
+        scaled = X * newton_schulz._aol_scale(jnp.asarray(X @ X.T, jnp.float32))
         # Almost-orthogonal rows: no singular value above 1, none below the norm's.
         assert np.linalg.norm(scaled, 2) <= 1 + 1e-6
         assert np.linalg.norm(scaled, 2) >= np.linalg.norm(X, 2)
@@ -204,9 +206,9 @@ def test_aol_scales_below_one_and_does_in_four_steps_what_takes_five():
 def test_aol_steps_follow_the_scaled_matrix(hot_dtype, method, coefficients):
     """The first Gram matrix is scaled, not computed again."""
     matrix, _, _ = with_values(np.geomspace(1.0, 0.05, 8), (8, 40), seed=6)
-    rows = _linalg.coefficient_table(coefficients, 4)
+    rows = newton_schulz.coefficient_table(coefficients, 4)
     sums = np.abs(matrix @ matrix.T).sum(axis=1, keepdims=True)
-    X = matrix / np.sqrt(sums) / _linalg.safety_factor(coefficients)
+    X = matrix / np.sqrt(sums) / newton_schulz.safety_factor(coefficients)
     for a, b, c in rows:
         R = X @ X.T
         X = a * X + (b * R + c * R @ R) @ X
@@ -227,7 +229,7 @@ def test_the_norm_is_safe_in_every_range():
     # In fp16 the sum of 600 squares of 1e4 or of 1e-4 leaves the range.
     for size in (1e4, 1e-4):
         G = jnp.full((2, 20, 30), size, jnp.float16)
-        norm = np.asarray(_linalg.frobenius_norm(G), np.float64)
+        norm = np.asarray(newton_schulz.frobenius_norm(G), np.float64)
         expected = float(G[0, 0, 0]) * np.sqrt(600)
         np.testing.assert_allclose(norm, expected, rtol=1e-5)
 
@@ -252,33 +254,33 @@ def flops_of_dots(jaxpr):
 @pytest.mark.parametrize("method", ["plain", "gram"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 6])
 def test_flops_are_those_of_the_program(shape, method, steps):
-    table = _linalg.coefficient_table("quintic", steps)
-    program = jax.make_jaxpr(lambda G: _linalg.newton_schulz(G, table, method=method))(
-        jnp.ones((1, *shape))
-    )
+    table = newton_schulz.coefficient_table("quintic", steps)
+    program = jax.make_jaxpr(
+        lambda G: newton_schulz.newton_schulz(G, table, method=method)
+    )(jnp.ones((1, *shape)))
     counted = flops_of_dots(program.jaxpr)
-    assert counted == _linalg.newton_schulz_flops(*shape, table, method)
+    assert counted == newton_schulz.newton_schulz_flops(*shape, table, method)
 
 
 def test_auto_takes_the_cheaper_form():
-    table = _linalg.coefficient_table("quintic", 5)
+    table = newton_schulz.coefficient_table("quintic", 5)
     for n, hot_dtype in itertools.product((8, 10, 16, 64), HALF):
         costs = {
-            method: _linalg.newton_schulz_flops(8, n, table, method, hot_dtype)
+            method: newton_schulz.newton_schulz_flops(8, n, table, method, hot_dtype)
             for method in ("plain", "gram")
         }
-        cheaper = _linalg.cheaper_method(8, n, table, hot_dtype)
+        cheaper = newton_schulz.cheaper_method(8, n, table, hot_dtype)
         assert costs[cheaper] == min(costs.values())
-    assert _linalg.cheaper_method(128, 128, table) == "plain"
-    assert _linalg.cheaper_method(128, 512, table) == "gram"
+    assert newton_schulz.cheaper_method(128, 128, table) == "plain"
+    assert newton_schulz.cheaper_method(128, 512, table) == "gram"
 
 
 def test_tables_are_cut_and_repeated():
     rows = ((1.0, 2.0, 3.0), (4.0, 5.0, 6.0))
-    assert _linalg.coefficient_table(rows, 1) == rows[:1]
-    assert _linalg.coefficient_table(rows, 4) == (*rows, rows[1], rows[1])
-    assert len(_linalg.coefficient_table("polar_express", 3)) == 3
-    assert len(set(_linalg.coefficient_table("quintic", 5))) == 1
+    assert newton_schulz.coefficient_table(rows, 1) == rows[:1]
+    assert newton_schulz.coefficient_table(rows, 4) == (*rows, rows[1], rows[1])
+    assert len(newton_schulz.coefficient_table("polar_express", 3)) == 3
+    assert len(set(newton_schulz.coefficient_table("quintic", 5))) == 1
 
 
 @pytest.mark.parametrize(
@@ -286,5 +288,5 @@ def test_tables_are_cut_and_repeated():
 )
 def test_the_backend_chooses_the_dtype(platform, dtype, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    assert _linalg.resolve_hot_dtype("auto") == dtype
-    assert _linalg.resolve_hot_dtype("bf16") == "bf16"
+    assert newton_schulz.resolve_hot_dtype("auto") == dtype
+    assert newton_schulz.resolve_hot_dtype("bf16") == "bf16"

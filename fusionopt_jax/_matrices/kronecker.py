@@ -2,7 +2,7 @@ r"""One step of Kronecker-factored statistics on one stack of matrices `(b, m, n
 
 No trees and no Optax. A pair holds what is remembered of the rows (the input side) and
 of the columns (the output side); a side without a factor is `None` and stands for the
-identity. The update formulas are those of `_eigenbasis`.
+identity. The update formulas are those of `eigenbasis`.
 """
 
 import functools
@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fusionopt_jax import _eigenbasis
-from fusionopt_jax._eigenbasis import Orthonormalisation, Side, Stack
+from fusionopt_jax._matrices import eigenbasis
+from fusionopt_jax._matrices.eigenbasis import Orthonormalisation, Side, Stack
 
 Statistics: TypeAlias = Literal["kl", "gram"]
 Sides: TypeAlias = Literal["auto", "both", "small"]
@@ -118,7 +118,7 @@ def first_pair(shape: tuple[int, int, int], settings: Settings) -> Pair:
         values = jnp.broadcast_to(jnp.asarray(start, jnp.float32), (count, d))
         basis = jnp.broadcast_to(jnp.eye(d, dtype=jnp.float32), (count, d, d))
         return SideState(
-            jnp.zeros((count, *_eigenbasis.packed_shape(d)), jnp.float32),
+            jnp.zeros((count, *eigenbasis.packed_shape(d)), jnp.float32),
             basis,
             values if settings.statistics == "kl" else None,
         )
@@ -153,8 +153,8 @@ def gram_step(
         def side(state: SideState | None, X: Stack) -> SideState | None:
             if state is None:
                 return None
-            fresh = _eigenbasis.gram(X, None, settings.precision)
-            fresh = _eigenbasis.pack_symmetric(fresh)
+            fresh = eigenbasis.gram(X, None, settings.precision)
+            fresh = eigenbasis.pack_symmetric(fresh)
             return state._replace(factor=b2 * state.factor + (1 - b2) * fresh)
 
         return ((side(pair[0], G), side(pair[1], G.mT)),)
@@ -162,9 +162,9 @@ def gram_step(
     def apply(pair: Pair, M: Stack) -> tuple[Stack]:
         a, c = pair
         if a is not None:
-            M = _eigenbasis.product(a.basis, M, settings.precision)
+            M = eigenbasis.product(a.basis, M, settings.precision)
         if c is not None:
-            M = _eigenbasis.product(M, c.basis, settings.precision)
+            M = eigenbasis.product(M, c.basis, settings.precision)
         return (M,)
 
     (pair,) = _over_stack(learn, settings, G, (pair,))
@@ -174,7 +174,7 @@ def gram_step(
         ridge = settings.number("damping")
         if settings.relative:
             ridge = ridge * jnp.trace(S, axis1=1, axis2=2)[:, None] / S.shape[-1]
-        return side._replace(basis=_eigenbasis.symmetric_power(S, exponent, ridge))
+        return side._replace(basis=eigenbasis.symmetric_power(S, exponent, ridge))
 
     # No power may be used before it has been computed once.
     pair = _renewed(pair, powers, powers, count, offset, settings)
@@ -184,21 +184,21 @@ def gram_step(
 
 def renewed_bases(pair: Pair, count: Count, offset: int, settings: Settings) -> Pair:
     """The bases after this step's share of power steps."""
-    method = _eigenbasis.resolve_orthonormalisation(settings.orthonormalisation)
+    method = eigenbasis.resolve_orthonormalisation(settings.orthonormalisation)
 
     def step(S: Array, side: Side) -> Side:
         if settings.first_basis == "identity":
             # Axes come in an arbitrary order, and an orthonormalisation favours the
             # first: the largest first makes the result independent of that order.
-            side = _eigenbasis.ordered(side)
-        basis = _eigenbasis.power_step(S, side.basis, method, settings.precision)
+            side = eigenbasis.ordered(side)
+        basis = eigenbasis.power_step(S, side.basis, method, settings.precision)
         return Side(basis, side.values)
 
     def eigenvectors(S: Array, side: Side) -> Side:
         # The values learnt so far belong to another basis.
         mean = jnp.mean(side.values, axis=1, keepdims=True)
         return Side(
-            _eigenbasis.eigenvectors(S), jnp.broadcast_to(mean, side.values.shape)
+            eigenbasis.eigenvectors(S), jnp.broadcast_to(mean, side.values.shape)
         )
 
     at_first = eigenvectors if settings.first_basis == "eigh" else None
@@ -249,7 +249,7 @@ def _renewed_side(
         start = index * size
         cut = lambda stack: jax.lax.dynamic_slice_in_dim(stack, start, size)  # noqa: E731
         new = renew(
-            _eigenbasis.unpack_symmetric(cut(side.factor), d), jax.tree.map(cut, eigen)
+            eigenbasis.unpack_symmetric(cut(side.factor), d), jax.tree.map(cut, eigen)
         )
         return jax.tree.map(
             lambda stack, part: jax.lax.dynamic_update_slice_in_dim(
@@ -271,7 +271,7 @@ def _renewed_side(
         return due_groups()
     return jax.lax.cond(
         count == 0,
-        lambda: at_first(_eigenbasis.unpack_symmetric(side.factor, d), side.eigen),
+        lambda: at_first(eigenbasis.unpack_symmetric(side.factor, d), side.eigen),
         due_groups,
     )
 
@@ -314,8 +314,8 @@ def _preconditioned(M: Stack, pair: Pair, settings: Settings) -> Stack:
     a, c = _eigen(pair)
     exponent = settings.power(pair)
     unit = _unit(pair, settings)
-    eps = settings.number("eps") * _eigenbasis.power(unit, -exponent)
-    return _eigenbasis.precondition(
+    eps = settings.number("eps") * eigenbasis.power(unit, -exponent)
+    return eigenbasis.precondition(
         M,
         a,
         c,
@@ -330,7 +330,7 @@ def _learnt(G: Stack, pair: Pair, count: Count, settings: Settings) -> Pair:
     b2, first = settings.decay(count), count == 0
     damping = settings.number("damping") * _unit(pair, settings)[:, None]
     a, c = _eigen(pair)
-    fresh_a, fresh_c = _eigenbasis.whitened_squares(G, a, c, settings.precision)
+    fresh_a, fresh_c = eigenbasis.whitened_squares(G, a, c, settings.precision)
 
     def side(
         state: SideState | None, other: Side | None, X: Stack, fresh: Array
@@ -339,7 +339,7 @@ def _learnt(G: Stack, pair: Pair, count: Count, settings: Settings) -> Pair:
             return None
         damped = damping
         if other is not None:
-            inverses = _eigenbasis.inverse(other.values)
+            inverses = eigenbasis.inverse(other.values)
             damped = damping * jnp.mean(inverses, axis=1, keepdims=True)
         values = b2 * state.values + (1 - b2) * (fresh + damped)
         values = _bounded(values, settings)
@@ -349,8 +349,8 @@ def _learnt(G: Stack, pair: Pair, count: Count, settings: Settings) -> Pair:
             values = jnp.where(first, state.values, values)
             if other is not None:
                 other = other._replace(values=jnp.where(first, 1.0, other.values))
-        S = _eigenbasis.whitened_gram(X, other, settings.precision)
-        factor = b2 * state.factor + (1 - b2) * _eigenbasis.pack_symmetric(S)
+        S = eigenbasis.whitened_gram(X, other, settings.precision)
+        factor = b2 * state.factor + (1 - b2) * eigenbasis.pack_symmetric(S)
         return SideState(factor, state.basis, values)
 
     return side(pair[0], c, G, fresh_a), side(pair[1], a, G.mT, fresh_c)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fusionopt_jax import _linalg, _matrices
+from fusionopt_jax._matrices import newton_schulz
+from fusionopt_jax._matrices import view as _matrices
 from tests import _compare
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -113,8 +114,8 @@ def leaves():
 
 @jax.jit
 def orthogonalize(stack):
-    table = _linalg.coefficient_table("quintic", 2)
-    return _linalg.newton_schulz(stack, table)
+    table = newton_schulz.coefficient_table("quintic", 2)
+    return newton_schulz.newton_schulz(stack, table)
 
 
 @pytest.mark.parametrize("bucketing", ["loop", "batch", "leaf", "auto"])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fusionopt_jax import _eigenbasis
+from fusionopt_jax._matrices import eigenbasis
 from tests import _compare
 from tests.references import kl_shampoo as reference
 from tests.references import shampoo
@@ -23,7 +23,7 @@ def orthogonal(rng, d):
 
 @functools.partial(jax.jit, static_argnames="method")
 def power_step(S, Q, method):
-    return _eigenbasis.power_step(S, Q, method, HIGHEST)
+    return eigenbasis.power_step(S, Q, method, HIGHEST)
 
 
 def symmetric(rng, values):
@@ -35,10 +35,10 @@ def symmetric(rng, values):
 def test_packing_keeps_every_entry_in_half_the_space(rng, d):
     square = rng.normal(size=(3, d, d))
     full = jnp.asarray(square + np.swapaxes(square, 1, 2), jnp.float32)
-    packed = jax.jit(_eigenbasis.pack_symmetric)(full)
-    assert packed.shape[1:] == _eigenbasis.packed_shape(d)
+    packed = jax.jit(eigenbasis.pack_symmetric)(full)
+    assert packed.shape[1:] == eigenbasis.packed_shape(d)
     assert packed[0].size <= (d + 1) * (d + 2) // 2
-    unpacked = jax.jit(lambda p: _eigenbasis.unpack_symmetric(p, d))(packed)
+    unpacked = jax.jit(lambda p: eigenbasis.unpack_symmetric(p, d))(packed)
     np.testing.assert_array_equal(unpacked, full)
 
 
@@ -90,12 +90,12 @@ def test_null_space_keeps_its_basis(rng, method):
 @pytest.mark.parametrize("exponent", [-0.25, -0.5, 0.5])
 def test_symmetric_power(rng, exponent):
     matrix = symmetric(rng, np.geomspace(1, 1e-2, 6))
-    result = _eigenbasis.symmetric_power(matrix, exponent, jnp.full((1, 1), 1e-3))
+    result = eigenbasis.symmetric_power(matrix, exponent, jnp.full((1, 1), 1e-3))
     expected = shampoo.power(matrix[0], exponent, ridge=1e-3)
     # Float32 eigenvalues to 1e-7, a relative 1e-5 of the smallest.
     _compare.assert_within(result[0], expected, 1e-4)
 
 
 def test_null_directions_without_ridge_give_zero(rng):
-    result = _eigenbasis.symmetric_power(jnp.zeros((1, 3, 3)), -0.25, jnp.zeros((1, 1)))
+    result = eigenbasis.symmetric_power(jnp.zeros((1, 3, 3)), -0.25, jnp.zeros((1, 1)))
     assert not np.asarray(result).any()

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fusionopt_jax._placement import automatic, device_count, spread
+from fusionopt_jax._matrices.placement import automatic, device_count, spread
 
 Stack: TypeAlias = Float[Array, "b m n"]
 StackFunction: TypeAlias = Callable[[Stack], Stack]

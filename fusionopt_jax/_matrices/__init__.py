@@ -1,0 +1,1 @@
+"""Matrix numerics: leaves as stacks, calls over many leaves, and the products."""

@@ -27,6 +27,12 @@ from fusionopt_jax._checks import (
     check_number,
     check_positive,
 )
+from fusionopt_jax._matrices.buckets import (
+    BUCKETINGS,
+    Bucketing,
+    resolve_bucketing,
+    turned,
+)
 from fusionopt_jax._matrices.eigenbasis import (
     ORTHONORMALISATIONS,
     Number,
@@ -52,13 +58,7 @@ from fusionopt_jax._matrices.kronecker import (
 )
 from fusionopt_jax._matrices.newton_schulz import frobenius_norm
 from fusionopt_jax._matrices.placement import automatic, device_count, whole
-from fusionopt_jax._matrices.view import (
-    BUCKETINGS,
-    Bucketing,
-    MatrixView,
-    resolve_bucketing,
-    turned,
-)
+from fusionopt_jax._matrices.view import MatrixView
 from fusionopt_jax._optax import TransformLike, accepting_extra_args, transformation
 from fusionopt_jax._types import Array, Count, Params
 from fusionopt_jax.routing import Routing, matrix_views

@@ -21,6 +21,7 @@ from fusionopt_jax._checks import (
     check_integer,
     check_non_negative,
 )
+from fusionopt_jax._matrices.buckets import BUCKETINGS, Bucketing, map_stacks
 from fusionopt_jax._matrices.newton_schulz import (
     COEFFICIENTS,
     HOT_DTYPES,
@@ -34,12 +35,7 @@ from fusionopt_jax._matrices.newton_schulz import (
     newton_schulz,
     safety_factor,
 )
-from fusionopt_jax._matrices.view import (
-    BUCKETINGS,
-    Bucketing,
-    MatrixView,
-    map_stacks,
-)
+from fusionopt_jax._matrices.view import MatrixView
 from fusionopt_jax._optax import transformation
 from fusionopt_jax._types import Array, Count, Number, Scalar
 from fusionopt_jax.routing import Routing, matrix_views

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fusionopt_jax._matrices import newton_schulz
-from fusionopt_jax._matrices import view as _matrices
+from fusionopt_jax._matrices import buckets, newton_schulz
+from fusionopt_jax._matrices.view import MatrixView
 from tests import _compare
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -67,7 +67,7 @@ def by_hand(view):
 @few
 @hypothesis.given(fields=views())
 def test_a_stack_holds_the_matrices_of_the_leaf(fields):
-    view = _matrices.MatrixView(*fields)
+    view = MatrixView(*fields)
     stack = np.asarray(view.checked("leaf").to_stack(jnp.asarray(entries(view))))
     assert stack.shape == view.stack_shape
     np.testing.assert_array_equal(stack, by_hand(view))
@@ -76,34 +76,34 @@ def test_a_stack_holds_the_matrices_of_the_leaf(fields):
 @few
 @hypothesis.given(fields=views())
 def test_there_and_back(fields):
-    view = _matrices.MatrixView(*fields)
+    view = MatrixView(*fields)
     leaf = jnp.asarray(entries(view))
     np.testing.assert_array_equal(view.from_stack(view.to_stack(leaf)), leaf)
 
 
 def test_facts_of_a_fused_stack():
-    view = _matrices.MatrixView((4, 128, 384), (1,), (2,), chunks=3)
+    view = MatrixView((4, 128, 384), (1,), (2,), chunks=3)
     assert view.batch_axes == (0,)
     assert view.fused_shape == (128, 384)
     assert view.matrix_shape == (128, 128)
     assert view.stack_shape == (12, 128, 128)
     assert not view.tall
-    assert _matrices.MatrixView((5, 3), (0,), (1,)).tall
+    assert MatrixView((5, 3), (0,), (1,)).tall
 
 
 def test_impossible_views_are_named():
     with pytest.raises(ValueError, match=r"'a/b' use an axis twice"):
-        _matrices.MatrixView((2, 3), (0,), (0,)).checked("a/b")
+        MatrixView((2, 3), (0,), (0,)).checked("a/b")
     with pytest.raises(ValueError, match=r"'qkv' of shape \(4, 10\).*`chunks`=3.*10"):
-        _matrices.MatrixView((4, 10), (0,), (1,), chunks=3).checked("qkv")
+        MatrixView((4, 10), (0,), (1,), chunks=3).checked("qkv")
 
 
 VIEWS = [
-    _matrices.MatrixView((6, 9), (0,), (1,), chunks=3),
-    _matrices.MatrixView((2, 6, 3), (1,), (2,)),
-    _matrices.MatrixView((3, 6), (0,), (1,)),
-    _matrices.MatrixView((5, 5), (0,), (1,)),
-    _matrices.MatrixView((2, 2, 3, 3), (0, 1, 2), (3,)),
+    MatrixView((6, 9), (0,), (1,), chunks=3),
+    MatrixView((2, 6, 3), (1,), (2,)),
+    MatrixView((3, 6), (0,), (1,)),
+    MatrixView((5, 5), (0,), (1,)),
+    MatrixView((2, 2, 3, 3), (0, 1, 2), (3,)),
 ]
 
 
@@ -121,7 +121,7 @@ def orthogonalize(stack):
 @pytest.mark.parametrize("bucketing", ["loop", "batch", "leaf", "auto"])
 def test_every_bucketing_is_one_matrix_at_a_time(bucketing):
     results = jax.jit(
-        lambda leaves: _matrices.map_stacks(
+        lambda leaves: buckets.map_stacks(
             orthogonalize, leaves, VIEWS, bucketing=bucketing
         )
     )(leaves())
@@ -152,28 +152,28 @@ def test_equal_shapes_share_a_call(bucketing, shapes):
         seen.append(stack.shape)
         return stack
 
-    results = _matrices.map_stacks(remember, leaves(), VIEWS, bucketing=bucketing)
+    results = buckets.map_stacks(remember, leaves(), VIEWS, bucketing=bucketing)
     assert seen == shapes
     for leaf, result in zip(leaves(), results, strict=True):
         np.testing.assert_array_equal(result, leaf)
 
 
 def test_dtypes_are_not_mixed_in_a_bucket():
-    view = _matrices.MatrixView((3, 6), (0,), (1,))
+    view = MatrixView((3, 6), (0,), (1,))
     mixed = [jnp.ones((3, 6), jnp.float32), jnp.ones((3, 6), jnp.bfloat16)]
-    results = _matrices.map_stacks(lambda s: s, mixed, [view, view], bucketing="batch")
+    results = buckets.map_stacks(lambda s: s, mixed, [view, view], bucketing="batch")
     assert [result.dtype for result in results] == [jnp.float32, jnp.bfloat16]
 
 
 def test_no_leaves_are_no_calls():
-    assert _matrices.map_stacks(lambda stack: 1 / 0, [], []) == []
+    assert buckets.map_stacks(lambda stack: 1 / 0, [], []) == []
 
 
 def test_the_program_does_not_grow_with_the_number_of_matrices():
     def length(count):
-        view = _matrices.MatrixView((3, 6), (0,), (1,))
+        view = MatrixView((3, 6), (0,), (1,))
         program = jax.make_jaxpr(
-            lambda leaves: _matrices.map_stacks(
+            lambda leaves: buckets.map_stacks(
                 orthogonalize, leaves, [view] * count, bucketing="loop"
             )
         )([jnp.ones((3, 6))] * count)
@@ -187,5 +187,5 @@ def test_the_program_does_not_grow_with_the_number_of_matrices():
 def test_the_backend_chooses_the_bucketing(platform, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     expected = "loop" if platform == "cpu" else "batch"
-    assert _matrices.resolve_bucketing("auto") == expected
-    assert _matrices.resolve_bucketing("leaf") == "leaf"
+    assert buckets.resolve_bucketing("auto") == expected
+    assert buckets.resolve_bucketing("leaf") == "leaf"

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from fusionopt_jax._types import Params
 from fusionopt_jax.dit.cache import (
@@ -141,6 +141,81 @@ def check_cache(
         ...     print(error)
         the cache was built from other weights: t_embedder/fc1/kernel, ...
     """
+    _check_sizes(cache, config, dtype)
+    if times is not None:
+        _check_cached_times(cache, schedule_times(times))
+    if labels is not None:
+        _check_cached_labels(cache, np.asarray(labels))
+    _check_digests(np.asarray(cache.fingerprint), fingerprint(as_dict(params)))
+
+
+def checked_cache(
+    cache: TimeConditioningCache,
+    params: Params,
+    config: DiTConfig,
+    *,
+    times: Any,
+    labels: Any,
+) -> TimeConditioningCache:
+    """A cache that gives no image unless it fits, also inside your own `jax.jit`.
+
+    Whatever is known is compared at once, as :func:`check_cache` does. Where the
+    weights or the cache are arguments of a function that is being traced, the
+    comparison becomes part of the program: the digests are computed on the device, and
+    a table that does not fit becomes NaN, as it does for a label that it lacks. That
+    reads the embedders, and the modulators if there are any, once per call of the
+    program, not per step.
+
+    Args:
+        cache: The cache.
+        params: The parameters in use, full or stripped.
+        config: The config in use.
+        times: The times that will be asked for.
+        labels: The labels that will be asked for. Traced ones are not compared.
+
+    Returns:
+        The cache itself, or one whose table is NaN where it does not fit.
+
+    Raises:
+        StaleCacheError: If anything that is known differs.
+        ValueError: If modulators are missing and no digest of them was left.
+
+    Example:
+        >>> from fusionopt_jax.dit import build_cache, init_params
+        >>> config = DiTConfig(input_size=8, hidden_size=32, depth=2, num_heads=4)
+        >>> params = init_params(config, seed=0)
+        >>> cache = build_cache(params, config, [999.0], [207])
+        >>> @jax.jit
+        ... def last_table(params):
+        ...     return checked_cache(
+        ...         cache, params, config, times=[999.0], labels=[207]
+        ...     ).final
+        >>> bool(jnp.isfinite(last_table(params)).all())
+        True
+        >>> bool(jnp.isnan(last_table(init_params(config, seed=1))).all())
+        True
+    """
+    _check_sizes(cache, config, None)
+    if not isinstance(labels, Tracer) and not isinstance(cache.labels, Tracer):
+        _check_cached_labels(cache, np.asarray(labels))
+    conditions = [_check_cached_times(cache, schedule_times(times))]
+    digests = fingerprint(as_dict(params))
+    if isinstance(digests, Tracer) or isinstance(cache.fingerprint, Tracer):
+        conditions.append(jnp.all(cache.fingerprint == digests))
+    else:
+        _check_digests(np.asarray(cache.fingerprint), digests)
+    fits = [condition for condition in conditions if condition is not None]
+    if not fits:
+        return cache
+    # Every image goes through the final layer, and its table is the smaller one.
+    final = jnp.where(jnp.all(jnp.stack(fits)), cache.final, jnp.nan)
+    return dataclasses.replace(cache, final=final.astype(cache.final.dtype))
+
+
+def _check_sizes(
+    cache: TimeConditioningCache, config: DiTConfig, dtype: DTypeLike | None
+) -> None:
+    """Require the same config, and the dtype if one is asked for."""
     if cache.config != config:
         names = [
             f"{field.name} ({getattr(cache.config, field.name)} in the cache, "
@@ -157,13 +232,13 @@ def check_cache(
             f"the cache holds {cache.block.dtype}, but {jnp.dtype(dtype)} was asked "
             f"for; build it again with dtype={jnp.dtype(dtype).name!r}."
         )
-    if times is not None:
-        _check_cached_times(cache, schedule_times(times))
-    if labels is not None:
-        _check_cached_labels(cache, np.asarray(labels))
-    changed = differing_parts(
-        np.asarray(cache.fingerprint), fingerprint(as_dict(params))
-    )
+
+
+def _check_digests(
+    held: UInt32[np.ndarray, "parts 2"], wanted: UInt32[np.ndarray, "parts 2"]
+) -> None:
+    """Require the same weights."""
+    changed = differing_parts(held, wanted)
     if changed:
         raise StaleCacheError(
             f"the cache was built from other weights: {', '.join(changed)} changed "
@@ -174,22 +249,24 @@ def check_cache(
 
 def _check_cached_times(
     cache: TimeConditioningCache, wanted: Float[np.ndarray, "n"]
-) -> None:
-    """Require the same times bit by bit, but for a trailing zero."""
-    held = np.asarray(cache.times)
-    if np.array_equal(held, wanted):
-        return
-    if (
-        held.size == wanted.size + 1
-        and held[-1] == 0
-        and np.array_equal(held[:-1], wanted)
-    ):
-        return
-    if held.size != wanted.size:
-        detail = f"{held.size} steps in the cache, {wanted.size} in use"
+) -> Bool[Array, ""] | None:
+    """Require the same times bit by bit, but for a trailing zero.
+
+    Traced times are compared by the program; the result is None for known ones.
+    """
+    count = cache.times.shape[0]
+    expected = np.append(wanted, np.float32(0)) if count == wanted.size + 1 else wanted
+    traced = isinstance(cache.times, Tracer)
+    held = expected if traced else np.asarray(cache.times)
+    if count != expected.size or (count > wanted.size and held[-1] != 0):
+        detail = f"{count} steps in the cache, {wanted.size} in use"
+    elif traced:
+        return jnp.all(cache.times == expected)
+    elif not np.array_equal(held, expected):
+        step = int(np.argmax(held != expected))
+        detail = f"step {step} is {held[step]} in the cache, {expected[step]} in use"
     else:
-        step = int(np.argmax(held != wanted))
-        detail = f"step {step} is {held[step]} in the cache, {wanted[step]} in use"
+        return None
     raise StaleCacheError(
         f"the cache was built for other times ({detail}); build it again with "
         "`sampler.eval_times()` of the sampler in use."

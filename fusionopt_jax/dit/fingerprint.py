@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Shaped, UInt32
 
 from fusionopt_jax._types import Params
@@ -43,9 +44,14 @@ DIGEST = "fingerprint"
 _known: dict[int, tuple[weakref.ref[Any], np.ndarray]] = {}
 
 
-def fingerprint(params: Params) -> UInt32[np.ndarray, "parts 2"]:
-    """Digests of the weights that feed a cache, one row for each entry of `PARTS`."""
+def fingerprint(params: Params) -> UInt32[Array | np.ndarray, "parts 2"]:
+    """Digests of the weights that feed a cache, one row for each entry of `PARTS`.
+
+    They are on the host, or traced where any of the weights is.
+    """
     rows = [_part_digest(params, path) for path in PARTS]
+    if any(isinstance(row, Tracer) for row in rows):
+        return jnp.stack([jnp.asarray(row) for row in rows])
     return np.stack([np.asarray(row) for row in rows])
 
 
@@ -65,7 +71,9 @@ def _part_digest(params: Params, path: tuple[str, ...]) -> Any:
     if path[-1] in node:
         return array_digest(node[path[-1]])
     if DIGEST in node:
-        return np.asarray(node[DIGEST])[("kernel", "bias").index(path[-1])]
+        kept = node[DIGEST]
+        kept = kept if isinstance(kept, Tracer) else np.asarray(kept)
+        return kept[("kernel", "bias").index(path[-1])]
     raise ValueError(
         f"`params` have neither {'/'.join(path)} nor a fingerprint of it, so no cache "
         "can be checked against them; take modulators out with `strip_modulators`, "
@@ -73,19 +81,33 @@ def _part_digest(params: Params, path: tuple[str, ...]) -> Any:
     )
 
 
-def array_digest(array: Any) -> UInt32[np.ndarray, "2"]:
-    """The digest of one array; remembered for as long as a device array lives."""
-    if not isinstance(array, jax.Array):
-        return np.asarray(_digest(jnp.asarray(array), True))
-    known = _known.get(id(array))
-    # A device array never changes, but its id can be given to another one later.
-    if known is not None and known[0]() is array:
-        return known[1]
-    # A loop over a sharded axis would gather it.
-    digest = np.asarray(_digest(array, len(array.sharding.device_set) == 1))
+def array_digest(array: Any) -> UInt32[Array | np.ndarray, "2"]:
+    """The digest of one array; remembered for as long as a device array lives.
+
+    A traced array has a traced digest, computed by the program that is being traced.
+    """
+    if isinstance(array, Tracer):
+        return _digest(array, _first_axis_is_whole(array))
+    # Known weights are compared now, also by a function that is being traced.
+    with jax.ensure_compile_time_eval():
+        if not isinstance(array, jax.Array):
+            return np.asarray(_digest(jnp.asarray(array), True))
+        known = _known.get(id(array))
+        # An array never changes, but its id can be given to another one later.
+        if known is not None and known[0]() is array:
+            return known[1]
+        digest = np.asarray(_digest(array, _first_axis_is_whole(array)))
     key = id(array)
     _known[key] = (weakref.ref(array, lambda _: _known.pop(key, None)), digest)
     return digest
+
+
+def _first_axis_is_whole(array: Array) -> bool:
+    """Whether a loop over the first axis gathers nothing, as far as is known."""
+    if isinstance(array, Tracer):
+        spec = jax.typeof(array).sharding.spec
+        return not spec or spec[0] is None
+    return len(array.sharding.device_set) == 1
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -95,7 +117,7 @@ def _digest(array: Shaped[Array, "..."], layered: bool) -> UInt32[Array, "2"]:
         return _sums(array, jnp.uint32(0))
     # Layer by layer: backends that do not fuse this into one pass would otherwise hold
     # two words more for every weight.
-    size = math.prod(array.shape[1:])
+    size = math.prod(array.shape[1:]) * max(1, array.dtype.itemsize // 4)
 
     def add_layer(
         total: UInt32[Array, "2"], layer: tuple[UInt32[Array, ""], Array]
@@ -128,8 +150,9 @@ def _sums(array: Shaped[Array, "..."], start: UInt32[Array, ""]) -> UInt32[Array
 
 def _as_words(array: Shaped[Array, "..."]) -> UInt32[Array, "..."]:
     """The bits of an array as 32-bit words."""
-    size = array.dtype.itemsize
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[size]
+    # Elements of 8 bytes become two words on a last axis of their own.
+    size = min(array.dtype.itemsize, 4)
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[size]
     return jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
 
 

@@ -22,7 +22,7 @@ from fusionopt_jax import _checks
 from fusionopt_jax._types import Params
 from fusionopt_jax.dit import schedules
 from fusionopt_jax.dit.cache import TimeConditioningCache
-from fusionopt_jax.dit.cache_use import cache_rows, check_cache
+from fusionopt_jax.dit.cache_use import cache_rows, checked_cache
 from fusionopt_jax.dit.config import DiTConfig
 from fusionopt_jax.dit.guidance import guide
 from fusionopt_jax.dit.loops import Samples, run_sampler
@@ -99,7 +99,9 @@ def sample(
 
     Raises:
         StaleCacheError: If the cache was built for other weights, times or labels, or
-            without the null label that guidance needs.
+            without the null label that guidance needs. Inside your own `jax.jit`, with
+            weights or cache as its arguments, values can't be an error: the program
+            compares them, and the images are NaN if the cache does not fit.
         ValueError: If a shape, a label or a setting does not fit, if the sampler needs
             a `key` and has none, or a learned variance that the model does not predict.
 
@@ -129,7 +131,12 @@ def sample(
         # Raises where the model has no null label to guide with.
         _ = config.null_label
     if cache is not None:
-        _check_cache_fits(cache, params, config, sampler, labels, guided)
+        wanted = labels
+        if guided and not isinstance(labels, Tracer):
+            wanted = np.append(np.asarray(labels), config.null_label)
+        cache = checked_cache(
+            cache, params, config, times=sampler.host_times(), labels=wanted
+        )
     ticket = next(_tickets)
     if progress is not None:
         _listeners[ticket] = (progress, sampler.steps)
@@ -299,24 +306,6 @@ def _check_request(
             "`cfg_scale` must be one number, or one per image of shape "
             f"[{noise.shape[0]}], got {_checks.shape_text(cfg_scale)}."
         )
-
-
-def _check_cache_fits(
-    cache: TimeConditioningCache,
-    params: Params,
-    config: DiTConfig,
-    sampler: Sampler,
-    labels: Array,
-    guided: bool,
-) -> None:
-    """Refuse a cache that was made for something else; unseen while tracing."""
-    arrays = jax.tree.leaves((cache, params, labels))
-    if any(isinstance(array, Tracer) for array in arrays):
-        return
-    wanted = np.asarray(labels)
-    if guided:
-        wanted = np.append(wanted, config.null_label)
-    check_cache(cache, params, config, times=sampler.host_times(), labels=wanted)
 
 
 def check_sampler(

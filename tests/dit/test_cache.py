@@ -372,6 +372,21 @@ class TestDigest:
                 seen.add(array_digest(flipped).tobytes())
         assert len(seen) == 1 + 5 * 32
 
+    def test_every_bit_of_eight_bytes_counts(self):
+        with jax.enable_x64(True):
+            values = np.arange(4.0).reshape(2, 1, 2)
+            seen = {array_digest(values).tobytes()}
+            for bit in range(64):
+                flipped = values.copy()
+                flipped.view(np.uint64)[1, 0, 1] ^= np.uint64(1 << bit)
+                seen.add(array_digest(flipped).tobytes())
+        assert len(seen) == 65
+
+    def test_traced_is_the_same(self):
+        values = np.random.default_rng(4).normal(size=(3, 4, 2)).astype(np.float32)
+        traced = jax.jit(array_digest)(values)
+        np.testing.assert_array_equal(traced, array_digest(values))
+
     def test_does_not_depend_on_the_layout(self):
         values = np.random.default_rng(4).normal(size=(2, 16, 8)).astype(np.float32)
         mesh = jax.make_mesh((2, 4), ("a", "b"))

@@ -286,6 +286,39 @@ def test_can_be_called_inside_a_jitted_function():
     assert bool(jnp.isfinite(unknown[0]).all())
 
 
+def test_a_stale_cache_inside_a_jitted_function_gives_no_image():
+    sampler = SAMPLERS["euler"]
+    cache = dit.build_cache(weights(), CONFIG, sampler.eval_times(), LABELS)
+    noise = noise_for(LABELS)
+
+    @jax.jit
+    def run(params, cache):
+        return dit.sample(params, CONFIG, cache, noise, LABELS, sampler, 2.0)
+
+    # One weight that only the table knows; the stripped one keeps its digest.
+    other = jax.tree.map(lambda leaf: leaf, weights())
+    kernel = other["blocks"]["adaLN_modulation"]["kernel"]
+    other["blocks"]["adaLN_modulation"]["kernel"] = kernel.at[1, 0, 0].add(1e-6)
+    for form in (lambda params: params, dit.strip_modulators):
+        assert bool(jnp.isfinite(run(form(weights()), cache)).all())
+        assert bool(jnp.isnan(run(form(other), cache)).all())
+    late = dataclasses.replace(cache, times=cache.times + 1.0)
+    assert bool(jnp.isnan(run(weights(), late)).all())
+
+
+def test_known_weights_are_compared_while_tracing():
+    sampler = SAMPLERS["euler"]
+    cache = dit.build_cache(weights(), CONFIG, sampler.eval_times(), LABELS)
+
+    def run(params, noise, labels):
+        return dit.sample(params, CONFIG, cache, noise, labels, sampler, 2.0)
+
+    shapes = jax.eval_shape(lambda: (noise_for(LABELS), LABELS))
+    jax.eval_shape(functools.partial(run, weights()), *shapes)
+    with pytest.raises(dit.StaleCacheError, match="other weights"):
+        jax.eval_shape(functools.partial(run, weights(seed=1)), *shapes)
+
+
 def test_a_cache_that_does_not_fit_is_refused():
     sampler = SAMPLERS["euler"]
     params = weights()

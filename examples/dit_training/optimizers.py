@@ -27,9 +27,12 @@ NEEDS_HORIZON = ("adamw", "muon")
 
 
 def build(
-    name: str, learning_rate: float | jax.Array, steps: int
+    name: str, learning_rate: float | jax.Array, steps: int, params: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimizer of that name; only `adamw` and `muon` look at `steps`."""
+    """The optimizer of that name for a model's `params`, or their shapes.
+
+    Only `adamw` and `muon` look at `steps`.
+    """
     factor = schedule(name, steps)
 
     def scheduled(scale: float) -> Callable[[Any], Any]:
@@ -52,7 +55,7 @@ def build(
             weight_decay=WEIGHT_DECAY,
             adam_b2=0.99,
             adam_learning_rate=scheduled(SCALAR_RATIO),
-            muon_weight_dimension_numbers=muon_dimensions,
+            muon_weight_dimension_numbers=muon_dimensions(params),
             consistent_rms=0.2,
         )
     elif name == "sf-adamw":
@@ -97,7 +100,11 @@ def deployed(name: str, opt_state: Any, params: Any) -> Any:
 
 
 def muon_dimensions(params: Any) -> Any:
-    """The same split in Optax's words, which know stacks but no chunks."""
+    """The same split in Optax's words, which know stacks but no chunks.
+
+    A tree for the whole model: Optax would call a function again with what is left of
+    the tree without the scalar leaves, where some rules of the routing match nothing.
+    """
     matrix = optax.contrib.MuonDimensionNumbers(-2, -1)
     return jax.tree.map(
         lambda label: matrix if label == "spectral" else None, ROUTING.labels(params)

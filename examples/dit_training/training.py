@@ -38,7 +38,7 @@ class TrainState(NamedTuple):
 def init_state(config: dit.DiTConfig, optimizer: str, seed: int) -> TrainState:
     """Fresh weights; no optimizer's first state depends on its learning rate."""
     params = dit.init_params(config, seed)
-    opt_state = optimizers.build(optimizer, 1.0, 1).init(params)
+    opt_state = optimizers.build(optimizer, 1.0, 1, params).init(params)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
 
 
@@ -70,7 +70,7 @@ def make_train_step(
             labels[rows],
             jax.random.fold_in(noise_key, state.step),
         )
-        tx = optimizers.build(optimizer, learning_rate, steps)
+        tx = optimizers.build(optimizer, learning_rate, steps, state.params)
         updates, opt_state = tx.update(
             gradients, state.opt_state, state.params, value=loss
         )

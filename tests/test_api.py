@@ -1,6 +1,8 @@
 """What the package promises by name: complete, documented, light to import."""
 
+import dataclasses
 import doctest
+import importlib
 import importlib.metadata
 import inspect
 import pkgutil
@@ -12,6 +14,7 @@ import optax
 import pytest
 
 import fusionopt_jax as fo
+from fusionopt_jax import dit
 
 # The names that others build on; removing one of them breaks their code.
 PROMISED = {
@@ -57,8 +60,56 @@ KEYWORDS = {
 
 
 def public():
-    """Every public name that is a function or a class, with its object."""
+    """Every public name of the optimisers, with its object."""
     return {name: getattr(fo, name) for name in fo.__all__}
+
+
+EVERYTHING = {
+    f"{module.__name__}.{name}": value
+    for module in (fo, dit)
+    for name in module.__all__
+    # A table of configurations has no docstring of its own.
+    if callable(value := getattr(module, name))
+}
+
+
+def sections(text):
+    """The entries of each section of a docstring: `{"Args": {"steps": "How many"}}`."""
+    found, entries = {}, None
+    for line in inspect.cleandoc(text).splitlines():
+        if title := re.fullmatch(r"([A-Z]\w*):", line):
+            entries = found[title[1]] = {}
+        elif line and not line.startswith(" "):
+            entries = None
+        elif entries is not None and (
+            entry := re.fullmatch(r" {4}\*{0,2}(\w+): (.+)", line)
+        ):
+            entries[entry[1]] = entry[2]
+    return found
+
+
+def arguments(function):
+    if inspect.isclass(function):
+        function = function.__init__
+    names = inspect.signature(function).parameters
+    return [name for name in names if name not in ("self", "cls")]
+
+
+def states():
+    """Every state of the optimisers, wherever it is defined."""
+    modules = [
+        importlib.import_module(found.name)
+        for found in pkgutil.walk_packages(fo.__path__, "fusionopt_jax.")
+        if not found.name.startswith("fusionopt_jax.dit")
+    ]
+    return {
+        value
+        for module in modules
+        for name, value in vars(module).items()
+        if name.endswith("State")
+        and inspect.isclass(value)
+        and value.__module__ == module.__name__
+    }
 
 
 def test_all_is_sorted_complete_and_exists():
@@ -82,49 +133,69 @@ def test_keyword_names_are_kept(name):
     )
 
 
-@pytest.mark.parametrize("name", fo.__all__)
-def test_everything_public_is_documented(name):
-    value = public()[name]
-    text = inspect.getdoc(value)
-    assert text
-    assert text.splitlines()[0].endswith(".")
-    if inspect.isclass(value):
-        # The fields of a state; other classes show their use.
-        assert "Attributes:" in text or "Example:" in text
-    else:
-        assert doctest.DocTestParser().get_examples(text), "no example"
-        assert "Args:" in text
-        for argument in inspect.signature(value).parameters:
-            assert f"{argument}:" in text, f"`{argument}` is not explained"
+def test_sections_are_told_apart_from_text():
+    found = sections(
+        """Speaks of steps: and of r: in its text.
 
+        Args:
+            steps: How many,
+                beta: is no entry of its own.
+            *others: The rest.
 
-def states():
-    """Every state class that a module of the optimisers defines, by its name."""
-    packages = (fo.transforms, fo.recipes)
-    modules = [
-        importlib.import_module(f"{package.__name__}.{found.name}")
-        for package in packages
-        for found in pkgutil.iter_modules(package.__path__)
-    ]
-    return {
-        name: value
-        for module in (fo.iterates, *modules)
-        for name, value in vars(module).items()
-        if name.endswith("State") and value.__module__ == module.__name__
+        Returns:
+            A number.
+
+        Not part of: it.
+        """
+    )
+    assert found == {"Args": {"steps": "How many,", "others": "The rest."}} | {
+        "Returns": {}
     }
 
 
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_everything_public_is_documented(name):
+    value = EVERYTHING[name]
+    text = inspect.getdoc(value)
+    assert text
+    assert text.splitlines()[0].endswith(".")
+    found = sections(text)
+    if not inspect.isclass(value):
+        elsewhere = re.search(r"^Example:\n +See `\w+`\.$", text, re.MULTILINE)
+        assert elsewhere or doctest.DocTestParser().get_examples(text), "no example"
+        assert list(found.get("Args", {})) == arguments(value)
+    elif hasattr(value, "_fields"):
+        assert tuple(found["Attributes"]) == value._fields
+    elif "Attributes" in found:
+        assert list(found["Attributes"]) == [
+            field.name for field in dataclasses.fields(value)
+        ]
+    elif not issubclass(value, Exception):
+        assert list(found["Args"]) == arguments(value)
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_public_methods_are_documented(name):
+    value = EVERYTHING[name]
+    methods = vars(value) if inspect.isclass(value) else {}
+    for method, member in methods.items():
+        function = getattr(member, "__func__", getattr(member, "fget", member))
+        if method.startswith(("_", "tree_")) or not inspect.isfunction(function):
+            continue
+        text = inspect.getdoc(function) or ""
+        assert text.splitlines()[:1], f"{name}.{method}"
+        if (explained := sections(text).get("Args")) is not None:
+            assert list(explained) == arguments(function), f"{name}.{method}"
+
+
 def test_states_are_named_tuples_with_explained_fields():
-    found = states()
-    assert len(found) >= 10
-    # They are imported from their modules; `fo` has what people type.
-    assert not found.keys() & set(fo.__all__)
-    for name, state in found.items():
-        assert issubclass(state, tuple), name
-        assert not hasattr(optax, name), name
-        explained = inspect.getdoc(state).split("Attributes:")[1]
-        for field in state._fields:
-            assert re.search(rf"^ +{field}: ", explained, re.MULTILINE), (name, field)
+    assert len(states()) >= 10
+    for state in states():
+        # Imported from its module; `fo` has what people type.
+        assert state.__name__ not in fo.__all__
+        assert issubclass(state, tuple), state
+        assert not hasattr(optax, state.__name__)
+        assert tuple(sections(state.__doc__)["Attributes"]) == state._fields, state
 
 
 def test_the_version_is_that_of_the_distribution():

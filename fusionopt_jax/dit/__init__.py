@@ -33,14 +33,18 @@ from fusionopt_jax.dit.cache_store import (
 from fusionopt_jax.dit.cache_use import cache_rows, check_cache, step_modulation
 from fusionopt_jax.dit.checkpoint import from_pytorch, to_pytorch
 from fusionopt_jax.dit.config import CONFIGS, DiTConfig
-from fusionopt_jax.dit.export import ExportedSampler, export_sampler, load_sampler
-from fusionopt_jax.dit.guidance import apply_with_guidance
-from fusionopt_jax.dit.loops import Samples, run_sampler
+from fusionopt_jax.dit.export.sampler import (
+    ExportedSampler,
+    export_sampler,
+    load_sampler,
+)
 from fusionopt_jax.dit.model import DiT, apply, init_params
 from fusionopt_jax.dit.modulation import CachedModulation, Modulation
 from fusionopt_jax.dit.objectives import diffusion_loss, rectified_flow_loss
-from fusionopt_jax.dit.samplers import Sampler
-from fusionopt_jax.dit.sampling import sample
+from fusionopt_jax.dit.sampling.guidance import apply_with_guidance
+from fusionopt_jax.dit.sampling.loop import Samples, run_sampler
+from fusionopt_jax.dit.sampling.sample import sample
+from fusionopt_jax.dit.sampling.sampler import Sampler
 
 del _flax
 

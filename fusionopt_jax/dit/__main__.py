@@ -25,8 +25,8 @@ from fusionopt_jax.dit.config import CONFIGS, DiTConfig
 from fusionopt_jax.dit.model import init_params
 from fusionopt_jax.dit.pictures import check_target, save_images
 from fusionopt_jax.dit.routing import ROUTING
-from fusionopt_jax.dit.samplers import Sampler
-from fusionopt_jax.dit.sampling import sample
+from fusionopt_jax.dit.sampling.sample import sample
+from fusionopt_jax.dit.sampling.sampler import Sampler
 
 _DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 

@@ -11,9 +11,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from fusionopt_jax import _checks
 from fusionopt_jax._types import Params
-from fusionopt_jax.dit import coefficients, schedules
 from fusionopt_jax.dit.config import DiTConfig
 from fusionopt_jax.dit.model import apply, check_labels
+from fusionopt_jax.dit.sampling import coefficients, schedules
 
 TimeDistribution: TypeAlias = Literal["logit_normal", "uniform"]
 """How training draws a flow's time."""

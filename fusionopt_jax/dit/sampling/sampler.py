@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from fusionopt_jax import _checks
-from fusionopt_jax.dit import schedules
+from fusionopt_jax.dit.sampling import schedules
 
 Method: TypeAlias = Literal["euler", "heun", "ddpm", "ddim", "dpm_solver_pp_2m"]
 """The samplers, by the name of their constructor."""

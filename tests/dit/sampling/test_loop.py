@@ -8,15 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fusionopt_jax.dit import Sampler, coefficients, run_sampler
-from fusionopt_jax.dit.guidance import guide
-from fusionopt_jax.dit.steps import ancestral_step
+from fusionopt_jax.dit import Sampler, run_sampler
+from fusionopt_jax.dit.sampling import coefficients
+from fusionopt_jax.dit.sampling.guidance import guide
+from fusionopt_jax.dit.sampling.steps import ancestral_step
 from tests._compare import assert_within
 from tests.references import samplers as reference
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-_ARCHIVE = pathlib.Path(__file__).parents[1] / "data" / "sampler_toy.npz"
+_ARCHIVE = pathlib.Path(__file__).parents[2] / "data" / "sampler_toy.npz"
 RECORDED = dict(np.load(_ARCHIVE))
 
 # Ten float32 steps on values of order ten; the recordings were made in float32 too, and

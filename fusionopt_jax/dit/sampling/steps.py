@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from fusionopt_jax.dit import schedules
+from fusionopt_jax.dit.sampling import schedules
 
 Prediction = tuple[Array, Array]
 """What the network says: noise or velocity, and variance logits, which may be empty."""

@@ -6,11 +6,11 @@ import pathlib
 import numpy as np
 import pytest
 
-from fusionopt_jax.dit import coefficients, schedules
+from fusionopt_jax.dit.sampling import coefficients, schedules
 from tests._compare import assert_within
 from tests.references import samplers as reference
 
-RECORDED = pathlib.Path(__file__).parents[1] / "data" / "sampler_toy.npz"
+RECORDED = pathlib.Path(__file__).parents[2] / "data" / "sampler_toy.npz"
 
 # Float64 arithmetic of numbers of order one; a few roundings.
 ROUNDING = 1e-12

@@ -23,10 +23,10 @@ from fusionopt_jax._types import Params
 from fusionopt_jax.dit.cache import TimeConditioningCache
 from fusionopt_jax.dit.cache_use import check_cache
 from fusionopt_jax.dit.config import DiTConfig
-from fusionopt_jax.dit.export_archive import read_archive, write_archive
+from fusionopt_jax.dit.export.archive import read_archive, write_archive
 from fusionopt_jax.dit.model import as_dict
-from fusionopt_jax.dit.samplers import Sampler
-from fusionopt_jax.dit.sampling import GuidedChannels, check_sampler, walk
+from fusionopt_jax.dit.sampling.sample import GuidedChannels, check_sampler, walk
+from fusionopt_jax.dit.sampling.sampler import Sampler
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,8 @@ import pytest
 
 from fusionopt_jax import dit
 from fusionopt_jax.dit.embeddings import position_embedding
-from fusionopt_jax.dit.samplers import Method
-from fusionopt_jax.dit.schedules import Variance
+from fusionopt_jax.dit.sampling.sampler import Method
+from fusionopt_jax.dit.sampling.schedules import Variance
 from tests._compare import assert_within
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -14,9 +14,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from fusionopt_jax import _checks
-from fusionopt_jax.dit import coefficients, schedules
-from fusionopt_jax.dit.samplers import Sampler
-from fusionopt_jax.dit.steps import (
+from fusionopt_jax.dit.sampling import coefficients, schedules
+from fusionopt_jax.dit.sampling.sampler import Sampler
+from fusionopt_jax.dit.sampling.steps import (
     Prediction,
     Step,
     ancestral_step,

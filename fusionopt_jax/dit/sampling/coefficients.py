@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fusionopt_jax import _checks
-from fusionopt_jax.dit import schedules
+from fusionopt_jax.dit.sampling import schedules
 
 
 class AncestralCoefficients(NamedTuple):

@@ -1,0 +1,1 @@
+"""A sampler as one file that runs without this library."""

@@ -1,0 +1,1 @@
+"""From noise and labels to images: samplers, one paper a file, and their loop."""

@@ -26,10 +26,10 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt32
 
+from fusionopt_jax._digest import array_digest
 from fusionopt_jax._types import Params, PyTree
 from fusionopt_jax.dit.cache import StaleCacheError, schedule_times
 from fusionopt_jax.dit.cache_use import label_rows
-from fusionopt_jax.dit.fingerprint import array_digest
 
 Modulate: TypeAlias = Callable[[Any, Array, Array], Any]
 """From weights, times [rows], labels [rows] to a tree with a leading axis of rows."""

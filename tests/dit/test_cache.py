@@ -12,11 +12,10 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
 from fusionopt_jax import dit, eval_params, schedule_free
 from fusionopt_jax.dit import cache_size, cache_store
-from fusionopt_jax.dit.fingerprint import PARTS, array_digest
+from fusionopt_jax.dit.fingerprint import PARTS
 from tests.dit._models import CONFIG, golden, random_batch, random_params, run
 from tests.references import dit as reference
 
@@ -359,54 +358,6 @@ class TestStale:
         stripped = dit.strip_modulators(params)
         with pytest.raises(ValueError, match="before `strip_modulators`"):
             dit.build_cache(stripped, CONFIG, TIMES, LABELS)
-
-
-class TestDigest:
-    def test_every_bit_counts(self):
-        values = np.random.default_rng(3).normal(size=5).astype(np.float32)
-        seen = {array_digest(values).tobytes()}
-        for element in range(values.size):
-            for bit in range(32):
-                flipped = values.copy()
-                flipped.view(np.uint32)[element] ^= np.uint32(1 << bit)
-                seen.add(array_digest(flipped).tobytes())
-        assert len(seen) == 1 + 5 * 32
-
-    def test_every_bit_of_eight_bytes_counts(self):
-        with jax.enable_x64(True):
-            values = np.arange(4.0).reshape(2, 1, 2)
-            seen = {array_digest(values).tobytes()}
-            for bit in range(64):
-                flipped = values.copy()
-                flipped.view(np.uint64)[1, 0, 1] ^= np.uint64(1 << bit)
-                seen.add(array_digest(flipped).tobytes())
-        assert len(seen) == 65
-
-    def test_traced_is_the_same(self):
-        values = np.random.default_rng(4).normal(size=(3, 4, 2)).astype(np.float32)
-        traced = jax.jit(array_digest)(values)
-        np.testing.assert_array_equal(traced, array_digest(values))
-
-    def test_does_not_depend_on_the_layout(self):
-        values = np.random.default_rng(4).normal(size=(2, 16, 8)).astype(np.float32)
-        mesh = jax.make_mesh((2, 4), ("a", "b"))
-        sharding = NamedSharding(mesh, PartitionSpec("a", "b"))
-        sharded = jax.device_put(values, sharding)
-        np.testing.assert_array_equal(array_digest(sharded), array_digest(values))
-
-    def test_two_words_are_independent(self):
-        digests = np.stack(
-            [array_digest(np.full(3, value, np.float32)) for value in range(64)]
-        )
-        bits = np.unpackbits(digests.view(np.uint8).reshape(64, -1), axis=1)
-        # 64 draws of fair bits: a share outside [0.2, 0.8] is beyond 4.8 sigmas.
-        assert np.all(np.abs(bits.mean(0) - 0.5) < 0.3)
-        assert np.all(digests[:, 0] != digests[:, 1])
-
-    def test_dtype_counts(self):
-        zeros = np.zeros(4, np.float16)
-        half, brain = array_digest(zeros), array_digest(zeros.astype(jnp.bfloat16))
-        assert not np.array_equal(half, brain)
 
 
 class TestSize:

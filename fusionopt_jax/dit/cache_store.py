@@ -2,6 +2,8 @@
 
 import collections
 import dataclasses
+import hashlib
+import io
 import json
 import os
 import pathlib
@@ -24,12 +26,12 @@ from fusionopt_jax.dit.config import DiTConfig
 from fusionopt_jax.dit.fingerprint import PARTS, fingerprint
 from fusionopt_jax.dit.model import as_dict
 from fusionopt_jax.dit.modulation import BLOCK_PARTS, FINAL_PARTS
-from fusionopt_jax.dit.whole_file import replacing
+from fusionopt_jax.dit.whole_file import check_archive, replacing
 
 REGISTRY_SIZE = 8
 """Caches that a process keeps; the one unused for longest leaves first."""
 
-_FORMAT = "fusionopt_jax modulator cache 1"
+_FORMAT = "fusionopt_jax modulator cache 2"
 
 
 class CacheCounts(NamedTuple):
@@ -86,7 +88,8 @@ def get_or_build_cache(
 
     Raises:
         StaleCacheError: If the file belongs to other weights, times, labels, dtype or
-            config, or is no cache. It is never overwritten.
+            config, is damaged, or is no cache. It is never overwritten.
+        OSError: If the file can't be read or written.
         ValueError: As :func:`~fusionopt_jax.dit.build_cache` does.
 
     Warns:
@@ -202,6 +205,7 @@ def save_cache(path: str | os.PathLike[str], cache: TimeConditioningCache) -> No
         "block": np.asarray(cache.block).reshape(-1).view(np.uint8),
         "final": np.asarray(cache.final).reshape(-1).view(np.uint8),
     }
+    arrays["digest"] = np.array(_digest(arrays))
     with replacing(path) as stream:
         np.savez(stream, **arrays)
 
@@ -216,8 +220,9 @@ def load_cache(path: str | os.PathLike[str]) -> TimeConditioningCache:
         The cache; :func:`~fusionopt_jax.dit.check_cache` says whether it fits.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        StaleCacheError: If it is damaged, or no cache.
+        OSError: If the file is not there, is a folder, or can't be read.
+        StaleCacheError: If it is damaged, or no cache. The file holds a SHA-256 of all
+            that is in it, so that a table with other numbers is never returned.
 
     Example:
         >>> load_cache("nowhere.npz")
@@ -225,23 +230,33 @@ def load_cache(path: str | os.PathLike[str]) -> TimeConditioningCache:
         ...
         FileNotFoundError: [Errno 2] No such file or directory: 'nowhere.npz'
     """
+    # Read here, so that an error of the file system is not mistaken for damage.
+    stream = io.BytesIO(pathlib.Path(path).read_bytes())
     try:
-        # Opened here, since np.load forgets to close what it can't read.
-        with (
-            open(path, "rb") as stream,
-            np.load(stream, allow_pickle=False) as file,
-        ):
+        check_archive(stream)
+        with np.load(stream, allow_pickle=False) as file:
             if str(file["format"]) != _FORMAT:
                 raise ValueError(f"its format is {str(file['format'])!r}")
-            return _from_arrays({name: file[name] for name in file.files})
-    except FileNotFoundError:
-        raise
+            arrays = {name: file[name] for name in file.files}
+        if str(arrays["digest"]) != _digest(arrays):
+            raise ValueError("its content does not have the digest that it names")
+        return _from_arrays(arrays)
     except Exception as error:
         # A damaged archive fails in too many ways to list: zlib, struct, Unicode, JSON.
         raise StaleCacheError(
             f"{os.fspath(path)} is not a readable modulator cache ({error}); delete it "
             "to have a new one written."
         ) from error
+
+
+def _digest(arrays: dict[str, np.ndarray]) -> str:
+    """SHA-256 of every array but the digest itself: names, types, shapes and bytes."""
+    total = hashlib.sha256()
+    for name in sorted(arrays.keys() - {"digest"}):
+        array = np.ascontiguousarray(arrays[name])
+        total.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        total.update(array.reshape(-1).view(np.uint8))
+    return total.hexdigest()
 
 
 def _from_arrays(arrays: dict[str, np.ndarray]) -> TimeConditioningCache:

@@ -15,11 +15,13 @@ import pathlib
 import pickle
 import pickletools
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+from fusionopt_jax.dit.whole_file import check_swelling
 
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
@@ -247,6 +249,30 @@ class TorchFile:
     def __exit__(self, *_: object) -> None:
         """Close the archive."""
         self.close()
+
+    def check_size(self, values: Iterable[Any]) -> None:
+        """Refuse tensors that together take far more memory than the file has bytes.
+
+        Many tensors can share one storage, and each becomes an array of its own.
+
+        Args:
+            values: What will be read; anything but a `TensorRecord` takes nothing.
+
+        Raises:
+            ValueError: If they claim far more than the file has.
+        """
+        records = [value for value in values if isinstance(value, TensorRecord)]
+        # Read as fp32; before that, the whole storage of one at a time.
+        declared = sum(
+            math.prod(record.shape) * np.dtype(np.float32).itemsize
+            for record in records
+        )
+        try:
+            check_swelling(declared, self._path.stat().st_size)
+        except ValueError as error:
+            raise ValueError(
+                f"{self._path} is not a readable PyTorch file: {error}."
+            ) from error
 
     def array(self, record: TensorRecord) -> np.ndarray:
         """The values of a tensor."""

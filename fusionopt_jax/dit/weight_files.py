@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fusionopt_jax.dit.torch_file import TensorRecord, TorchFile
+from fusionopt_jax.dit.whole_file import check_archive
 
 _ENTRIES = ("ema", "model", "state_dict")
 """Where training checkpoints keep weights, the preferred ones first."""
@@ -51,6 +52,7 @@ def _read_file(path: pathlib.Path, entry: str | None) -> dict[str, np.ndarray]:
     if suffix in (".pt", ".pth", ".ckpt"):
         with TorchFile(path) as file:
             chosen = _choose_entry(file.content, entry, str(path))
+            file.check_size(chosen.values())
             records = {
                 name: file.array(value) if isinstance(value, TensorRecord) else value
                 for name, value in chosen.items()
@@ -83,13 +85,15 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, Any]:
 
 def _read_npz(path: pathlib.Path) -> dict[str, Any]:
     """The arrays of an `.npz` file; pickled objects in it are refused."""
-    try:
-        # Opened here, since np.load forgets to close what it can't read.
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except Exception as error:
-        # Damaged bytes can fail anywhere: zip, zlib, the header of an array.
-        raise ValueError(f"{path} is not a readable .npz: {error}.") from error
+    # Opened here, since np.load forgets to close what it can't read.
+    with path.open("rb") as stream:
+        try:
+            check_archive(stream)
+            with np.load(stream, allow_pickle=False) as file:
+                return {name: file[name] for name in file.files}
+        except Exception as error:
+            # Damaged bytes can fail anywhere: zip, zlib, the header of an array.
+            raise ValueError(f"{path} is not a readable .npz: {error}.") from error
 
 
 def _choose_entry(content: Any, entry: str | None, source: str) -> Mapping[str, Any]:

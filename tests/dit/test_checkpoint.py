@@ -409,6 +409,30 @@ class TestHostileFile:
         with pytest.raises(ValueError, match="is compressed"):
             dit.from_pytorch(path)
 
+    def test_archive_that_swells_is_refused_unread(self, tmp_path, monkeypatch):
+        path = tmp_path / "bomb.npz"
+        # 96 MiB of zeros in a tenth of a MiB.
+        np.savez_compressed(path, **{"x_embedder.proj.weight": np.zeros(12 * 2**20)})
+        monkeypatch.setattr(np, "load", None)
+        with pytest.raises(ValueError, match=r"claims 100,663,\d+ bytes in a file of"):
+            dit.from_pytorch(path)
+
+    def test_tensors_that_share_a_storage_are_counted(self, tmp_path, monkeypatch):
+        data = np.zeros(2**18, np.float32)
+        names = {f"w{index}": index for index in range(80)}
+        out = io.BytesIO()
+        out.write(b"\x80\x02}")
+        for name in names:
+            # Each is the same MiB.
+            one = tensor(data.size, data.shape, (1,))
+            start, end = one.index(b"ctorch._utils"), one.rindex(b"s.")
+            out.write(dumps(name)[2:-1] + one[start:end] + b"s")
+        out.write(b".")
+        path = archive(tmp_path / "shared.pt", out.getvalue(), {"0": data.tobytes()})
+        monkeypatch.setattr(torch_file.TorchFile, "array", None)
+        with pytest.raises(ValueError, match=r"claims 83,886,080 bytes in a file of"):
+            dit.from_pytorch(path)
+
     def test_legacy_format(self, tmp_path):
         path = tmp_path / "legacy.pt"
         path.write_bytes(

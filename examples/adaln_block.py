@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fusionopt_jax import dit
-from fusionopt_jax.dit import protocol
+from fusionopt_jax.dit.cache.table import build_table, check_table, take_rows
 
 WIDTH, CLASSES, STEPS = 64, 10, 8
 
@@ -72,14 +72,14 @@ def compare(name, block, modulate, weights, noise, labels):
     function that a user writes; `weights` are those that it reads.
     """
     sampler = dit.Sampler.euler(STEPS)
-    table = protocol.build_table(modulate, weights, sampler.eval_times(), labels)
-    protocol.check_table(table, weights, sampler.eval_times(), labels)
+    table = build_table(modulate, weights, sampler.eval_times(), labels)
+    check_table(table, weights, sampler.eval_times(), labels)
 
     @jax.jit
     def cached(noise, mods):
         # The table is scanned: every step sees its own slice.
         def denoise(x, _time, step):
-            rows = protocol.take_rows(step, table.labels, labels)
+            rows = take_rows(step, table.labels, labels)
             return block(x, None, rows)
 
         return dit.run_sampler(sampler, denoise, noise, conditions=mods).images
@@ -95,7 +95,7 @@ def compare(name, block, modulate, weights, noise, labels):
     print(f"{name}: largest difference {difference:.1e}")
     try:
         changed = jax.tree.map(lambda leaf: leaf + 1e-6, weights)
-        protocol.check_table(table, changed)
+        check_table(table, changed)
     except dit.StaleCacheError as error:
         print(f"{name}: {error}")
     else:

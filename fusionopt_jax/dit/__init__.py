@@ -14,15 +14,15 @@ except ImportError as error:
         name=__name__,
     ) from error
 
-from fusionopt_jax.dit.cache import (
+from fusionopt_jax.dit.cache.dit import (
     StaleCacheError,
     TimeConditioningCache,
     build_cache,
     distinct_labels,
     strip_modulators,
 )
-from fusionopt_jax.dit.cache_size import cache_bytes, modulator_bytes
-from fusionopt_jax.dit.cache_store import (
+from fusionopt_jax.dit.cache.size import cache_bytes, modulator_bytes
+from fusionopt_jax.dit.cache.store import (
     CacheCounts,
     cache_counts,
     clear_cache_registry,
@@ -30,21 +30,21 @@ from fusionopt_jax.dit.cache_store import (
     load_cache,
     save_cache,
 )
-from fusionopt_jax.dit.cache_use import cache_rows, check_cache, step_modulation
-from fusionopt_jax.dit.checkpoint import from_pytorch, to_pytorch
+from fusionopt_jax.dit.cache.use import cache_rows, check_cache, step_modulation
 from fusionopt_jax.dit.config import CONFIGS, DiTConfig
 from fusionopt_jax.dit.export.sampler import (
     ExportedSampler,
     export_sampler,
     load_sampler,
 )
-from fusionopt_jax.dit.model import DiT, apply, init_params
-from fusionopt_jax.dit.modulation import CachedModulation, Modulation
+from fusionopt_jax.dit.network.model import DiT, apply, init_params
+from fusionopt_jax.dit.network.modulation import CachedModulation, Modulation
 from fusionopt_jax.dit.objectives import diffusion_loss, rectified_flow_loss
 from fusionopt_jax.dit.sampling.guidance import apply_with_guidance
 from fusionopt_jax.dit.sampling.loop import Samples, run_sampler
 from fusionopt_jax.dit.sampling.sample import sample
 from fusionopt_jax.dit.sampling.sampler import Sampler
+from fusionopt_jax.dit.weights.pytorch import from_pytorch, to_pytorch
 
 del _flax
 

@@ -18,15 +18,15 @@ import numpy as np
 from fusionopt_jax import __version__
 from fusionopt_jax._checks import did_you_mean
 from fusionopt_jax._types import Params
-from fusionopt_jax.dit.cache import build_cache, distinct_labels, strip_modulators
-from fusionopt_jax.dit.cache_size import cache_bytes, modulator_bytes, size_text
-from fusionopt_jax.dit.checkpoint import from_pytorch
+from fusionopt_jax.dit.cache.dit import build_cache, distinct_labels, strip_modulators
+from fusionopt_jax.dit.cache.size import cache_bytes, modulator_bytes, size_text
 from fusionopt_jax.dit.config import CONFIGS, DiTConfig
-from fusionopt_jax.dit.model import init_params
+from fusionopt_jax.dit.network.model import init_params
 from fusionopt_jax.dit.pictures import check_target, save_images
 from fusionopt_jax.dit.routing import ROUTING
 from fusionopt_jax.dit.sampling.sample import sample
 from fusionopt_jax.dit.sampling.sampler import Sampler
+from fusionopt_jax.dit.weights.pytorch import from_pytorch
 
 _DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from fusionopt_jax import _checks
 from fusionopt_jax._types import Params
 from fusionopt_jax.dit.config import DiTConfig
-from fusionopt_jax.dit.model import apply, check_labels
+from fusionopt_jax.dit.network.model import apply, check_labels
 from fusionopt_jax.dit.sampling import coefficients, schedules
 
 TimeDistribution: TypeAlias = Literal["logit_normal", "uniform"]

@@ -25,7 +25,7 @@ import numpy as np
 from jax import export
 from jaxtyping import Array
 
-from fusionopt_jax.dit.whole_file import replacing
+from fusionopt_jax.dit.files import replacing
 
 FORMAT = "fusionopt_jax sampler 2"
 """First entry of `signature.json`; a reader refuses any other."""

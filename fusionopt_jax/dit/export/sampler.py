@@ -20,11 +20,11 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from fusionopt_jax import _checks
 from fusionopt_jax._types import Params
-from fusionopt_jax.dit.cache import TimeConditioningCache
-from fusionopt_jax.dit.cache_use import check_cache
+from fusionopt_jax.dit.cache.dit import TimeConditioningCache
+from fusionopt_jax.dit.cache.use import check_cache
 from fusionopt_jax.dit.config import DiTConfig
 from fusionopt_jax.dit.export.archive import read_archive, write_archive
-from fusionopt_jax.dit.model import as_dict
+from fusionopt_jax.dit.network.model import as_dict
 from fusionopt_jax.dit.sampling.sample import GuidedChannels, check_sampler, walk
 from fusionopt_jax.dit.sampling.sampler import Sampler
 

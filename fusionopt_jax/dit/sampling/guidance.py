@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from fusionopt_jax._types import Params
 from fusionopt_jax.dit.config import DiTConfig
-from fusionopt_jax.dit.model import apply
+from fusionopt_jax.dit.network.model import apply
 
 
 def guide(

@@ -20,11 +20,11 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from fusionopt_jax import _checks
 from fusionopt_jax._types import Params
-from fusionopt_jax.dit.cache import TimeConditioningCache
-from fusionopt_jax.dit.cache_use import cache_rows, checked_cache
+from fusionopt_jax.dit.cache.dit import TimeConditioningCache
+from fusionopt_jax.dit.cache.use import cache_rows, checked_cache
 from fusionopt_jax.dit.config import DiTConfig
-from fusionopt_jax.dit.model import apply, check_labels
-from fusionopt_jax.dit.modulation import CachedModulation
+from fusionopt_jax.dit.network.model import apply, check_labels
+from fusionopt_jax.dit.network.modulation import CachedModulation
 from fusionopt_jax.dit.sampling import schedules
 from fusionopt_jax.dit.sampling.guidance import guide
 from fusionopt_jax.dit.sampling.loop import Samples, run_sampler

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fusionopt_jax import dit
-from fusionopt_jax.dit.embeddings import position_embedding
+from fusionopt_jax.dit.network.embeddings import position_embedding
 from fusionopt_jax.dit.sampling.sampler import Method
 from fusionopt_jax.dit.sampling.schedules import Variance
 from tests._compare import assert_within

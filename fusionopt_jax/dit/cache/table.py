@@ -28,8 +28,8 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from fusionopt_jax._digest import array_digest
 from fusionopt_jax._types import Params, PyTree
-from fusionopt_jax.dit.cache import StaleCacheError, schedule_times
-from fusionopt_jax.dit.cache_use import label_rows
+from fusionopt_jax.dit.cache.dit import StaleCacheError, schedule_times
+from fusionopt_jax.dit.cache.use import label_rows
 
 Modulate: TypeAlias = Callable[[Any, Array, Array], Any]
 """From weights, times [rows], labels [rows] to a tree with a leading axis of rows."""

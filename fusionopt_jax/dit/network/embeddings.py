@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from fusionopt_jax._types import Params
 from fusionopt_jax.dit.config import TIME_FEATURES, DiTConfig
-from fusionopt_jax.dit.layers import CONDITIONING_PRECISION, linear
+from fusionopt_jax.dit.network.layers import CONDITIONING_PRECISION, linear
 
 MAX_PERIOD = 10000.0
 """Longest period of the sinusoidal features; the published constant."""

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float
 
 from fusionopt_jax._types import Params
 from fusionopt_jax.dit.config import DiTConfig
-from fusionopt_jax.dit.layers import layer_norm, linear
-from fusionopt_jax.dit.modulation import (
+from fusionopt_jax.dit.network.layers import layer_norm, linear
+from fusionopt_jax.dit.network.modulation import (
     BLOCK_PARTS,
     FINAL_PARTS,
     Modulation,

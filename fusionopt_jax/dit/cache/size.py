@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from fusionopt_jax.dit.config import DiTConfig
-from fusionopt_jax.dit.modulation import BLOCK_PARTS, FINAL_PARTS
+from fusionopt_jax.dit.network.modulation import BLOCK_PARTS, FINAL_PARTS
 
 SIZE_LIMIT = 256 * 2**20
 """Bytes up to which a cache may be larger than the modulators, with a warning."""

@@ -8,8 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from fusionopt_jax.dit.torch_file import TensorRecord, TorchFile
-from fusionopt_jax.dit.whole_file import check_archive
+from fusionopt_jax.dit.files import check_archive
+from fusionopt_jax.dit.weights.pt_file import TensorRecord, TorchFile
 
 _ENTRIES = ("ema", "model", "state_dict")
 """Where training checkpoints keep weights, the preferred ones first."""

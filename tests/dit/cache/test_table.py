@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from fusionopt_jax import dit
-from fusionopt_jax.dit import protocol
+from fusionopt_jax.dit.cache import table as cache_table
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-EXAMPLE = pathlib.Path(__file__).parents[2] / "examples" / "adaln_block.py"
+EXAMPLE = pathlib.Path(__file__).parents[3] / "examples" / "adaln_block.py"
 WEIGHTS = {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones(3)}
 
 
@@ -24,7 +24,9 @@ def modulate(weights, times, labels):
 
 
 def table(dtype=None):
-    return protocol.build_table(modulate, WEIGHTS, [3.0, 1.0], [5, 2, 5], dtype=dtype)
+    return cache_table.build_table(
+        modulate, WEIGHTS, [3.0, 1.0], [5, 2, 5], dtype=dtype
+    )
 
 
 def test_every_pair_of_time_and_label_has_a_row():
@@ -42,7 +44,7 @@ def test_every_pair_of_time_and_label_has_a_row():
 def test_rows_follow_the_labels_of_the_batch():
     built = table()
     step = jax.tree.map(lambda leaf: leaf[1], built.mods)
-    rows = protocol.take_rows(step, built.labels, jnp.array([5, 2, 9, 5]))
+    rows = cache_table.take_rows(step, built.labels, jnp.array([5, 2, 9, 5]))
     np.testing.assert_array_equal(rows["shift"][0], rows["shift"][3])
     np.testing.assert_array_equal(rows["shift"][1], built.mods["shift"][1, 0])
     assert bool(jnp.isnan(rows["shift"][2]).all())
@@ -68,9 +70,9 @@ def test_a_table_can_be_kept_in_half_precision():
     ],
 )
 def test_a_stale_table_is_refused(weights, times, labels, words):
-    protocol.check_table(table(), WEIGHTS, [3.0, 1.0], [5])
+    cache_table.check_table(table(), WEIGHTS, [3.0, 1.0], [5])
     with pytest.raises(dit.StaleCacheError, match=words):
-        protocol.check_table(table(), weights, times, labels)
+        cache_table.check_table(table(), weights, times, labels)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +87,7 @@ def test_a_stale_table_is_refused(weights, times, labels, words):
 )
 def test_what_is_no_table_is_an_error(function, times, labels, error, words):
     with pytest.raises(error, match=words):
-        protocol.build_table(function, WEIGHTS, times, labels)
+        cache_table.build_table(function, WEIGHTS, times, labels)
 
 
 def test_the_example_gives_the_same_images_in_nnx_and_linen(capsys):

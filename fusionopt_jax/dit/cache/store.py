@@ -14,19 +14,19 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from fusionopt_jax._types import Params
-from fusionopt_jax.dit.cache import (
+from fusionopt_jax.dit.cache.dit import (
     StaleCacheError,
     TimeConditioningCache,
     build_rows,
     distinct_labels,
     schedule_times,
 )
-from fusionopt_jax.dit.cache_use import check_cache
+from fusionopt_jax.dit.cache.fingerprint import PARTS, fingerprint
+from fusionopt_jax.dit.cache.use import check_cache
 from fusionopt_jax.dit.config import DiTConfig
-from fusionopt_jax.dit.fingerprint import PARTS, fingerprint
-from fusionopt_jax.dit.model import as_dict
-from fusionopt_jax.dit.modulation import BLOCK_PARTS, FINAL_PARTS
-from fusionopt_jax.dit.whole_file import check_archive, replacing
+from fusionopt_jax.dit.files import check_archive, replacing
+from fusionopt_jax.dit.network.model import as_dict
+from fusionopt_jax.dit.network.modulation import BLOCK_PARTS, FINAL_PARTS
 
 REGISTRY_SIZE = 8
 """Caches that a process keeps; the one unused for longest leaves first."""

@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, Int
 
 from fusionopt_jax._types import Params
 from fusionopt_jax.dit.config import DiTConfig
-from fusionopt_jax.dit.embeddings import embed_labels, embed_times
-from fusionopt_jax.dit.layers import CONDITIONING_PRECISION, linear
+from fusionopt_jax.dit.network.embeddings import embed_labels, embed_times
+from fusionopt_jax.dit.network.layers import CONDITIONING_PRECISION, linear
 
 BLOCK_PARTS = 6
 """Shift, scale, gate of the attention branch, then of the MLP branch."""

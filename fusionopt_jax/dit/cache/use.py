@@ -10,15 +10,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from fusionopt_jax._types import Params
-from fusionopt_jax.dit.cache import (
+from fusionopt_jax.dit.cache.dit import (
     StaleCacheError,
     TimeConditioningCache,
     schedule_times,
 )
+from fusionopt_jax.dit.cache.fingerprint import differing_parts, fingerprint
 from fusionopt_jax.dit.config import DiTConfig
-from fusionopt_jax.dit.fingerprint import differing_parts, fingerprint
-from fusionopt_jax.dit.model import as_dict
-from fusionopt_jax.dit.modulation import CachedModulation
+from fusionopt_jax.dit.network.model import as_dict
+from fusionopt_jax.dit.network.modulation import CachedModulation
 
 
 def cache_rows(cache: TimeConditioningCache, labels: Any) -> Int[Array, "b"]:

@@ -13,22 +13,22 @@ from jaxtyping import Array, Float, Int
 
 from fusionopt_jax._checks import check_integer, shape_text
 from fusionopt_jax._types import Params
-from fusionopt_jax.dit.blocks import (
+from fusionopt_jax.dit.config import DiTConfig
+from fusionopt_jax.dit.network.blocks import (
     AttentionKernel,
     Block,
     FinalLayer,
     block,
     final_layer,
 )
-from fusionopt_jax.dit.config import DiTConfig
-from fusionopt_jax.dit.embeddings import (
+from fusionopt_jax.dit.network.embeddings import (
     LabelEmbedder,
     PatchEmbedder,
     TimeEmbedder,
     embed_patches,
     unpatchify,
 )
-from fusionopt_jax.dit.modulation import (
+from fusionopt_jax.dit.network.modulation import (
     CachedModulation,
     block_parts,
     conditioning,

@@ -12,9 +12,9 @@ import numpy as np
 
 from fusionopt_jax._types import Params
 from fusionopt_jax.dit.config import TIME_FEATURES, DiTConfig
-from fusionopt_jax.dit.embeddings import position_embedding
-from fusionopt_jax.dit.model import as_dict, init_params
-from fusionopt_jax.dit.weight_files import listed, read_weights
+from fusionopt_jax.dit.network.embeddings import position_embedding
+from fusionopt_jax.dit.network.model import as_dict, init_params
+from fusionopt_jax.dit.weights.files import listed, read_weights
 
 _HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 """Heads of the published widths; the weights do not show their number."""

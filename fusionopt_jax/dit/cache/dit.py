@@ -24,11 +24,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt32
 
 from fusionopt_jax._types import Params
-from fusionopt_jax.dit.cache_size import check_size
+from fusionopt_jax.dit.cache.fingerprint import DIGEST, PARTS, fingerprint
+from fusionopt_jax.dit.cache.size import check_size
 from fusionopt_jax.dit.config import DiTConfig
-from fusionopt_jax.dit.fingerprint import DIGEST, PARTS, fingerprint
-from fusionopt_jax.dit.model import as_dict, check_labels
-from fusionopt_jax.dit.modulation import block_parts, conditioning, final_parts
+from fusionopt_jax.dit.network.model import as_dict, check_labels
+from fusionopt_jax.dit.network.modulation import block_parts, conditioning, final_parts
 
 
 class StaleCacheError(ValueError):

@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 from fusionopt_jax import dit
-from fusionopt_jax.dit.blocks import attend, final_layer, mlp
-from fusionopt_jax.dit.embeddings import (
+from fusionopt_jax.dit.network.blocks import attend, final_layer, mlp
+from fusionopt_jax.dit.network.embeddings import (
     embed_labels,
     embed_times,
     linear,
@@ -20,8 +20,8 @@ from fusionopt_jax.dit.embeddings import (
     time_features,
     unpatchify,
 )
-from fusionopt_jax.dit.layers import layer_norm
-from fusionopt_jax.dit.modulation import modulate, split_block
+from fusionopt_jax.dit.network.layers import layer_norm
+from fusionopt_jax.dit.network.modulation import modulate, split_block
 from tests.dit._models import CONFIG, golden, random_batch, random_params, run
 from tests.references import dit as reference
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from fusionopt_jax import dit
-from fusionopt_jax.dit import torch_file
+from fusionopt_jax.dit.weights import pt_file
 from tests.dit._models import CONFIG, DATA, random_params
 
 # Written by torch.save of PyTorch 2.13: {"model", "ema", "opt", "args"} as a published
@@ -350,7 +350,7 @@ class TestHostileFile:
             "class": Global("argparse", "Namespace"),
             "storage": Global("torch", "FloatStorage"),
         }
-        before = dict(vars(torch_file))
+        before = dict(vars(pt_file))
         for name, target in targets.items():
             for state in (attack, (None, attack)):
                 out = io.BytesIO(dumps(target)[:-1])
@@ -359,7 +359,7 @@ class TestHostileFile:
                 path = archive(tmp_path / f"{name}.pt", out.getvalue())
                 with pytest.raises(ValueError, match=r"PyTorch file|dict of weights"):
                     dit.from_pytorch(path)
-        assert dict(vars(torch_file)) == before
+        assert dict(vars(pt_file)) == before
         dit.from_pytorch(TORCH_FILE, num_heads=1)
 
     def test_attributes_of_a_dict_hide_nothing(self, tmp_path):
@@ -399,7 +399,7 @@ class TestHostileFile:
     def test_sound_tensor_is_read(self, tmp_path):
         data = np.arange(4, dtype=np.float32).tobytes()
         path = archive(tmp_path / "one.pt", tensor(4, (2, 2), (1, 2)), {"0": data})
-        with torch_file.TorchFile(path) as file:
+        with pt_file.TorchFile(path) as file:
             array = file.array(file.content["w"])
         np.testing.assert_array_equal(array, [[0, 2], [1, 3]])
 
@@ -429,7 +429,7 @@ class TestHostileFile:
             out.write(dumps(name)[2:-1] + one[start:end] + b"s")
         out.write(b".")
         path = archive(tmp_path / "shared.pt", out.getvalue(), {"0": data.tobytes()})
-        monkeypatch.setattr(torch_file.TorchFile, "array", None)
+        monkeypatch.setattr(pt_file.TorchFile, "array", None)
         with pytest.raises(ValueError, match=r"claims 83,886,080 bytes in a file of"):
             dit.from_pytorch(path)
 

@@ -15,8 +15,9 @@ import pytest
 from flax import nnx
 
 from fusionopt_jax import dit, eval_params, schedule_free
-from fusionopt_jax.dit import cache_size, cache_store
-from fusionopt_jax.dit.fingerprint import PARTS
+from fusionopt_jax.dit.cache import size as cache_size
+from fusionopt_jax.dit.cache import store as cache_store
+from fusionopt_jax.dit.cache.fingerprint import PARTS
 from tests.dit._models import CONFIG, golden, random_batch, random_params, run
 from tests.references import dit as reference
 

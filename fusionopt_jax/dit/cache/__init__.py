@@ -1,0 +1,1 @@
+"""The table of modulators: for any adaLN model, and for this DiT as a case of it."""

@@ -1,0 +1,1 @@
+"""The transformer itself: its layers, its blocks, and what conditions them."""

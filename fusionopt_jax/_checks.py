@@ -125,23 +125,3 @@ def did_you_mean(value: object, choices: Iterable[Any]) -> str:
 def shape_text(leaf: Array | jax.ShapeDtypeStruct) -> str:
     """A leaf's dtype and shape as errors print them, such as `float32[3, 4]`."""
     return f"{leaf.dtype}[{', '.join(str(size) for size in leaf.shape)}]"
-
-
-def path_keys(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """A key path as names, without the `.value` of NNX variables."""
-    names = []
-    for key in path:
-        for attribute in ("key", "name", "idx"):
-            if hasattr(key, attribute):
-                names.append(str(getattr(key, attribute)))
-                break
-        else:
-            names.append(str(key))
-    # Only an attribute: a dictionary may well have a "value" beside "query" and "key".
-    if (
-        names
-        and names[-1] == "value"
-        and isinstance(path[-1], jax.tree_util.GetAttrKey)
-    ):
-        names.pop()
-    return tuple(names)

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fusionopt_jax._leaves import check_leaves, copied, is_abstract
+
 TransformLike = optax.GradientTransformation | optax.GradientTransformationExtraArgs
 
 
@@ -22,6 +24,25 @@ def accepting_extra_args(
 ) -> optax.GradientTransformationExtraArgs:
     """`inner`, made to ignore the extra arguments that it does not know."""
     return optax.with_extra_args_support(inner)
+
+
+def checking_leaves(
+    component: str, inner: TransformLike
+) -> optax.GradientTransformationExtraArgs:
+    """`inner`, refusing by path every leaf that is no real floating-point array."""
+    inner_tx = accepting_extra_args(inner)
+
+    def init_fn(params: Any) -> Any:
+        check_leaves(component, params)
+        return inner_tx.init(params)
+
+    def update_fn(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        check_leaves(component, updates)
+        return inner_tx.update(updates, state, params, **extra_args)
+
+    return transformation(init_fn, update_fn)
 
 
 def keeping_dtype(inner: TransformLike) -> optax.GradientTransformationExtraArgs:
@@ -42,10 +63,12 @@ def in_float32(inner: TransformLike) -> optax.GradientTransformationExtraArgs:
     """`inner` on gradients widened to fp32, so that all it accumulates is fp32 too."""
     inner_tx = accepting_extra_args(inner)
 
+    def wide(leaf: Any) -> Any:
+        dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+        return copied(leaf, dtype) if is_abstract(leaf) else leaf.astype(dtype)
+
     def widened(tree: Any) -> Any:
-        return jax.tree.map(
-            lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), tree
-        )
+        return jax.tree.map(wide, tree)
 
     def init_fn(params: Any) -> Any:
         return inner_tx.init(widened(params))

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fusionopt_jax._paths import path_keys
 from fusionopt_jax._states import Component, Entry, state_entries
 from fusionopt_jax._types import Array
 from fusionopt_jax.transforms.gain import GainState
@@ -106,11 +107,7 @@ def _component_name(kind: str) -> str:
 
 def _keys(entry: Entry) -> tuple[str, ...]:
     """The keys of a leaf inside its component, but for a field of that name."""
-    names = [
-        str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key))))
-        for key in entry.path
-    ]
-    return tuple(name for name in names if name != _HYPERPARAMS)
+    return tuple(name for name in path_keys(entry.path) if name != _HYPERPARAMS)
 
 
 def _path(names: tuple[str, ...]) -> str:

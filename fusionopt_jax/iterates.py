@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from fusionopt_jax._checks import path_keys
+from fusionopt_jax._paths import path_keys
 from fusionopt_jax._types import Count, Params, Scalar
 
 

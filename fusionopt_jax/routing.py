@@ -25,10 +25,11 @@ from fusionopt_jax._checks import (
     check_integer,
     check_positive,
     is_concrete_number,
-    path_keys,
     shape_text,
 )
+from fusionopt_jax._leaves import check_arrays, check_leaves
 from fusionopt_jax._matrices.view import MatrixView
+from fusionopt_jax._paths import path_name
 from fusionopt_jax._types import Array, KeyPath, Params
 
 Axes: TypeAlias = int | Sequence[int]
@@ -283,6 +284,7 @@ class Routing:
 
     def routes(self, params: Params) -> list[Route]:
         """What the routing says of each leaf, in the order of the tree's leaves."""
+        check_arrays("Routing", params)
         leaves = jax.tree_util.tree_flatten_with_path(params)[0]
         routes = [self.route(path, leaf) for path, leaf in leaves]
         self._check_all_used([route.path for route in routes])
@@ -461,8 +463,10 @@ def matrix_views(
         component: Who asks, for the errors.
 
     Raises:
-        ValueError: If a leaf has no matrices, with its path, its shape and the remedy.
+        ValueError: If a leaf has no matrices or its entries are no real floating-point
+            numbers, with its path, its shape and the remedy.
     """
+    check_leaves(component, tree)
     views = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         if routing is None:
@@ -482,11 +486,6 @@ def matrix_views(
             )
         views.append(view)
     return views
-
-
-def path_name(path: KeyPath) -> str:
-    """A key path as slash-joined names, without the `.value` of NNX variables."""
-    return "/".join(path_keys(path))
 
 
 def _trailing_view(shape: tuple[int, ...]) -> MatrixView | None:

@@ -33,6 +33,7 @@ class Case:
         value: Whether `update` must be given the loss.
         params: Whether `update` must be given the parameters.
         matrices: Whether every leaf has to be a matrix or a stack of them.
+        complex_too: Whether complex leaves are served; elsewhere they are refused.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Case:
     value: bool = False
     params: bool = False
     matrices: bool = False
+    complex_too: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -73,7 +75,7 @@ ALL = (
         matrices=True,
     ),
     _direction("normuon", lambda routing: fo.normuon(routing=routing), matrices=True),
-    _direction("mona", lambda routing: fo.mona()),
+    _direction("mona", lambda routing: fo.mona(), complex_too=True),
     _direction(
         "kl_shampoo",
         lambda routing: fo.kl_shampoo(
@@ -98,7 +100,9 @@ ALL = (
         matrices=True,
     ),
     _direction(
-        "measure_gain", lambda routing: fo.measure_gain("momentum", _momentum())
+        "measure_gain",
+        lambda routing: fo.measure_gain("momentum", _momentum()),
+        complex_too=True,
     ),
     _optimizer(
         "hyperball",
@@ -106,11 +110,16 @@ ALL = (
         params=True,
         matrices=True,
     ),
-    _optimizer("accumulate", lambda routing: fo.accumulate(optax.sgd(1e-2), every=1)),
+    _optimizer(
+        "accumulate",
+        lambda routing: fo.accumulate(optax.sgd(1e-2), every=1),
+        complex_too=True,
+    ),
     _optimizer(
         "schedule_free",
         lambda routing: fo.schedule_free(_momentum(), 1e-2),
         params=True,
+        complex_too=True,
     ),
     _optimizer(
         "schedule_free_keeping_average",
@@ -123,8 +132,14 @@ ALL = (
             keep_average=True,
         ),
         params=True,
+        complex_too=True,
     ),
-    _optimizer("polyak", lambda routing: fo.polyak(optax.sgd(1e-2)), value=True),
+    _optimizer(
+        "polyak",
+        lambda routing: fo.polyak(optax.sgd(1e-2)),
+        value=True,
+        complex_too=True,
+    ),
     _optimizer(
         "polyak_schedule_free_plus",
         lambda routing: fo.polyak(
@@ -132,6 +147,7 @@ ALL = (
         ),
         value=True,
         params=True,
+        complex_too=True,
     ),
     _optimizer(
         "fusion_opt",

@@ -89,18 +89,6 @@ def test_shapes_are_printed_as_jax_prints_them():
     assert _checks.shape_text(jnp.zeros(())) == "float32[]"
 
 
-def test_paths_are_names_without_the_value_of_a_variable():
-    keys = jax.tree_util
-    path = (keys.DictKey("layers"), keys.SequenceKey(0), keys.GetAttrKey("kernel"))
-    assert _checks.path_keys(path) == ("layers", "0", "kernel")
-    assert _checks.path_keys((*path, keys.GetAttrKey("value"))) == _checks.path_keys(
-        path
-    )
-    attention = (keys.DictKey("attention"), keys.DictKey("value"))
-    assert _checks.path_keys(attention) == ("attention", "value")
-    assert _checks.path_keys((keys.FlattenedIndexKey(2),)) == ("2",)
-
-
 # Every public factory, one setting out of its range, and the word the error must have.
 REFUSED = [
     (lambda: fo.ns5(steps=0), "steps"),

@@ -325,6 +325,105 @@ def test_every_size_of_gradient_stays_finite(hot_dtype):
             assert _cases.is_finite(result), f"{name} at {factor}"
 
 
+# What is no floating-point array, or none to train; a tree may hold any of it.
+FOREIGN = {
+    "integers": jnp.arange(3),
+    "booleans": jnp.ones(3, bool),
+    "random key": jax.random.key(0),
+    "no gradient": np.zeros(3, jax.dtypes.float0),
+    "fp8": jnp.ones(3, jnp.float8_e4m3fn),
+    "number": 1.5,
+    "function": jax.nn.relu,
+    "text": "gelu",
+}
+
+
+@every_case
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_is_no_floating_array_is_refused_by_its_path(case, kind):
+    params, grads, _ = _cases.start(case)
+    tx = _cases.transformation(case)
+    odd = {"layer": {"odd": FOREIGN[kind]}}
+    with pytest.raises(ValueError, match=r"'layer/odd'.*(tree|array|bf16)"):
+        tx.init(params | odd)
+    # A gradient of that kind beside a state that was made without it.
+    like = params | {"layer": {"odd": jnp.ones((8, 8))}}
+    state = jax.eval_shape(tx.init, like)
+    with pytest.raises(ValueError, match="'layer/odd'"):
+        tx.update(grads | odd, state, like, **_cases.arguments(case))
+
+
+@every_case
+def test_none_is_no_leaf(case):
+    params, _, _ = _cases.start(case)
+    tx = _cases.transformation(case)
+    with_hole = params | {"hole": None}
+    _, updates, _ = traced_step(case, tx, with_hole)
+    assert jax.tree.structure(updates) == jax.tree.structure(with_hole)
+
+
+def as_complex(tree, seed=5):
+    """A tree with an imaginary part beside its real one."""
+    imaginary = _cases.gradients(tree, seed)
+    return jax.tree.map(lambda x, y: x + 1j * y, tree, imaginary)
+
+
+def as_pairs(tree):
+    """Complex leaves as their real and imaginary parts, in a last axis."""
+    return jax.tree.map(lambda x: jnp.stack([x.real, x.imag], -1), tree)
+
+
+@every_case
+def test_complex_leaves_are_served_or_refused_by_their_path(case):
+    params, grads, _ = _cases.start(case)
+    params, grads = as_complex(params), as_complex(grads, seed=6)
+    tx = _cases.transformation(case)
+    if not case.complex_too:
+        with pytest.raises(ValueError, match=r"blocks/.*complex64.*real and imag"):
+            tx.init(params)
+        state = jax.eval_shape(tx.init, _cases.start(case)[0])
+        with pytest.raises(ValueError, match=r"blocks/.*complex64.*real and imag"):
+            tx.update(grads, state, params, **_cases.arguments(case))
+        return
+    results = []
+    for make in (lambda tree: tree, as_pairs):
+        state = tx.init(make(params))
+        y = make(params)
+        # Plain steps of a norm that both forms share; twice, to reach the state.
+        for _ in range(2):
+            updates, state = tx.update(make(grads), state, y, **_cases.arguments(case))
+            y = optax.apply_updates(y, updates)
+        results.append(y)
+    complex_result, pairs = results
+    assert all(leaf.dtype == jnp.complex64 for leaf in jax.tree.leaves(complex_result))
+    if case.name != "polyak_schedule_free_plus":
+        # Its sum of absolute values is of complex numbers, not of their parts.
+        _compare.assert_trees_within(as_pairs(complex_result), pairs, ROUNDING)
+    state, _, after = traced_step(case, tx, params)
+    assert avals(after) == avals(state)
+
+
+@every_case
+@pytest.mark.parametrize("traced", [False, True], ids=["directly", "eval_shape"])
+def test_init_takes_shapes_without_numbers(case, traced):
+    params, _, state = _cases.start(case)
+    tx = _cases.transformation(case)
+    shapes = jax.eval_shape(lambda: params)
+    made = jax.eval_shape(tx.init, shapes) if traced else tx.init(shapes)
+    described = lambda tree: jax.tree.map(  # noqa: E731
+        lambda leaf: (leaf.shape, leaf.dtype), tree
+    )
+    assert jax.tree.structure(made) == jax.tree.structure(state)
+    assert described(made) == described(state)
+
+
+@pytest.mark.parametrize("case", [case for case in _cases.ALL if case.value], ids=str)
+def test_a_loss_is_one_number(case):
+    params, grads, state = _cases.start(case)
+    with pytest.raises(ValueError, match=r"one number.*shape \(1,\)"):
+        _cases.transformation(case).update(grads, state, params, value=jnp.ones(1))
+
+
 class LinenModel(nn.Module):
     """Two dense layers."""
 

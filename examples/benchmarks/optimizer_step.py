@@ -54,10 +54,9 @@ def shapes_of(config: dit.DiTConfig, *, separate: bool) -> Any:
 def muon_dimensions(params: Any) -> Any:
     """The same matrices for `optax.contrib.muon` and `rollfast` as for this library."""
     routing = routing_of(params)
-    routes = {route.path: route for route in routing.routes(params)}
 
-    def dimensions(path: Any, _: Any) -> Any:
-        route = routes[fo.routing.path_name(path)]
+    def dimensions(path: Any, leaf: Any) -> Any:
+        route = routing.route(path, leaf)
         if route.label != fo.routing.SPECTRAL or route.view is None:
             return None
         return optax.contrib.MuonDimensionNumbers(

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fusionopt_jax._checks import check_count
+from fusionopt_jax._checks import check_count, check_scalar_value
+from fusionopt_jax._leaves import check_leaves, wide_zeros, widened
 from fusionopt_jax._optax import TransformLike, accepting_extra_args, transformation
 from fusionopt_jax._types import Array, Count, Params, Scalar
 
@@ -74,9 +75,10 @@ def accumulate(
     inner = accepting_extra_args(tx)
 
     def init_fn(params: Params) -> AccumulateState:
+        check_leaves("accumulate", params, complex_too=True)
         return AccumulateState(
             micro_step=jnp.zeros([], jnp.int32),
-            gradient_sum=optax.tree.zeros_like(params, dtype=jnp.float32),
+            gradient_sum=wide_zeros(params),
             value_count=jnp.zeros([], jnp.int32),
             value_sum=jnp.zeros([], jnp.float32),
             inner_state=inner.init(params),
@@ -90,12 +92,14 @@ def accumulate(
         value: Array | float | None = None,
         **extra_args: Any,
     ) -> tuple[Any, AccumulateState]:
+        check_leaves("accumulate", updates, complex_too=True)
         micro_step = state.micro_step + 1
         gradient_sum = jax.tree.map(
-            lambda total, g: total + g.astype(jnp.float32), state.gradient_sum, updates
+            lambda total, g: total + widened(g), state.gradient_sum, updates
         )
         value_count, value_sum = state.value_count, state.value_sum
         if value is not None:
+            check_scalar_value("accumulate", value)
             value_count = value_count + 1
             value_sum = value_sum + jnp.asarray(value, jnp.float32)
 

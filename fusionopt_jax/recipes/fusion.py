@@ -16,7 +16,7 @@ from fusionopt_jax._checks import (
     is_concrete_number,
 )
 from fusionopt_jax._matrices.newton_schulz import HotDtype, Preconditioner
-from fusionopt_jax._optax import in_float32, keeping_dtype
+from fusionopt_jax._optax import checking_leaves, in_float32, keeping_dtype
 from fusionopt_jax._types import Number, ScalarOrSchedule
 from fusionopt_jax.routing import SCALAR, SPECTRAL, Routing
 from fusionopt_jax.transforms.gain import measure_gain
@@ -209,7 +209,10 @@ def fusion_opt(
         scalar.append(_rescale(scalar_learning_rate, learning_rate))
 
     groups = optax.multi_transform(
-        {SPECTRAL: optax.chain(*spectral), SCALAR: optax.chain(*scalar)},
+        {
+            SPECTRAL: checking_leaves("fusion_opt", optax.chain(*spectral)),
+            SCALAR: checking_leaves("fusion_opt", optax.chain(*scalar)),
+        },
         routing.labels,
     )
     rate = _warmed_up(learning_rate, warmup_steps)

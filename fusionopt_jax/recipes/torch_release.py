@@ -21,7 +21,7 @@ from fusionopt_jax._checks import (
 )
 from fusionopt_jax._matrices.placement import automatic
 from fusionopt_jax._matrices.view import MatrixView
-from fusionopt_jax._optax import keeping_dtype, transformation
+from fusionopt_jax._optax import checking_leaves, keeping_dtype, transformation
 from fusionopt_jax._types import (
     Array,
     Count,
@@ -234,7 +234,10 @@ def fusion_opt_torch(
         _scale_by_rate(lr if scalar_lr is None else scalar_lr),
     ]
     groups = optax.multi_transform(
-        {SPECTRAL: optax.chain(*spectral), SCALAR: optax.chain(*scalar)},
+        {
+            SPECTRAL: checking_leaves("fusion_opt_torch", optax.chain(*spectral)),
+            SCALAR: checking_leaves("fusion_opt_torch", optax.chain(*scalar)),
+        },
         routing.labels,
     )
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from fusionopt_jax._checks import shape_text
 from fusionopt_jax._optax import TransformLike, accepting_extra_args
+from fusionopt_jax._paths import path_name
 from fusionopt_jax._states import (
     Component,
     Entry,
@@ -22,7 +23,6 @@ from fusionopt_jax.iterates import (
     average_of,
     schedule_free_states,
 )
-from fusionopt_jax.routing import path_name
 from fusionopt_jax.transforms.gain import GainState
 
 # Measurements belong to the step that made them.
@@ -163,7 +163,7 @@ def _carry(
 
 def _checked(entry: Entry, old: Array | None) -> Array:
     """An old leaf in the new leaf's dtype, if it is there and of the same shape."""
-    name = f"{_title(entry.component)}{jax.tree_util.keystr(entry.path)}"
+    name = f"{_title(entry.component)}.{path_name(entry.path)}"
     if old is None:
         raise ValueError(
             f"`warm_start`: the old state has no {name}, but other leaves of that "

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fusionopt_jax._leaves import check_leaves
 from fusionopt_jax._optax import TransformLike, accepting_extra_args, transformation
 from fusionopt_jax._types import Array, Params, Scalar
 
@@ -67,6 +68,7 @@ def cautious(inner: TransformLike) -> optax.GradientTransformationExtraArgs:
     inner_tx = accepting_extra_args(inner)
 
     def init_fn(params: Params) -> CautiousState:
+        check_leaves("cautious", params)
         return CautiousState(
             kept=jnp.ones([], jnp.float32), inner_state=inner_tx.init(params)
         )
@@ -77,6 +79,7 @@ def cautious(inner: TransformLike) -> optax.GradientTransformationExtraArgs:
         params: Params | None = None,
         **extra_args: Any,
     ) -> tuple[Any, CautiousState]:
+        check_leaves("cautious", updates)
         results, inner_state = inner_tx.update(
             updates, state.inner_state, params, **extra_args
         )

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from fusionopt_jax._checks import check_rate_or_schedule
+from fusionopt_jax._leaves import check_leaves
 from fusionopt_jax._optax import accepting_extra_args, transformation
 from fusionopt_jax._types import Array, Count, Params, ScalarOrSchedule
 
@@ -64,7 +65,7 @@ def add_cautious_decayed_weights(
     check_rate_or_schedule("weight_decay", weight_decay)
 
     def init_fn(params: Params) -> CautiousDecayState:
-        del params
+        check_leaves("add_cautious_decayed_weights", params)
         return CautiousDecayState(count=jnp.zeros([], jnp.int32))
 
     def update_fn(
@@ -79,6 +80,7 @@ def add_cautious_decayed_weights(
                 "`add_cautious_decayed_weights` needs the current parameters: call "
                 "`update(updates, state, params)`."
             )
+        check_leaves("add_cautious_decayed_weights", updates)
         rate = weight_decay(state.count) if callable(weight_decay) else weight_decay
 
         def decay(u: Array, w: Array) -> Array:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fusionopt_jax._leaves import check_leaves, widened
 from fusionopt_jax._optax import TransformLike, accepting_extra_args, transformation
 from fusionopt_jax._types import Params, Scalar
 
@@ -59,6 +60,7 @@ def measure_gain(
     inner_tx = accepting_extra_args(inner)
 
     def init_fn(params: Params) -> GainState:
+        check_leaves("measure_gain", params, complex_too=True)
         return GainState(
             input_rms={name: jnp.zeros([], jnp.float32)},
             output_rms={name: jnp.zeros([], jnp.float32)},
@@ -71,6 +73,7 @@ def measure_gain(
         params: Params | None = None,
         **extra_args: Any,
     ) -> tuple[Any, GainState]:
+        check_leaves("measure_gain", updates, complex_too=True)
         results, inner_state = inner_tx.update(
             updates, state.inner_state, params, **extra_args
         )
@@ -85,6 +88,6 @@ def measure_gain(
 
 def _rms(tree: Any) -> Scalar:
     """The root mean square of all entries of a tree, in fp32; 0 of an empty one."""
-    leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(tree)]
+    leaves = [jnp.abs(widened(leaf)) for leaf in jax.tree.leaves(tree)]
     total = sum((jnp.sum(x * x) for x in leaves), start=jnp.zeros([], jnp.float32))
     return jnp.sqrt(total / max(sum(x.size for x in leaves), 1))

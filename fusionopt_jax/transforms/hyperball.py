@@ -14,6 +14,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from fusionopt_jax._checks import check_rate_or_schedule
+from fusionopt_jax._leaves import is_abstract
 from fusionopt_jax._matrices.newton_schulz import frobenius_norm
 from fusionopt_jax._matrices.placement import automatic
 from fusionopt_jax._matrices.view import MatrixView
@@ -96,6 +97,7 @@ def hyperball(
     inner_tx = accepting_extra_args(inner)
 
     def init_fn(params: Params) -> HyperballState:
+        views = matrix_views(params, routing, "hyperball")
         inner_state = inner_tx.init(params)
         if schedule_free_states(inner_state):
             raise ValueError(
@@ -103,10 +105,8 @@ def hyperball(
                 "sphere is not on it. Use one of the two."
             )
         leaves, treedef = jax.tree.flatten(params)
-        views = matrix_views(params, routing, "hyperball")
         radii = [
-            automatic(functools.partial(_radii, view=view), leaf, like=PartitionSpec())
-            for leaf, view in zip(leaves, views, strict=True)
+            _radii_of(leaf, view) for leaf, view in zip(leaves, views, strict=True)
         ]
         return HyperballState(
             count=jnp.zeros([], jnp.int32),
@@ -160,6 +160,13 @@ def hyperball(
         )
 
     return transformation(init_fn, update_fn)
+
+
+def _radii_of(leaf: Any, view: MatrixView) -> Any:
+    """The norm of each matrix of a leaf, or its shape where the leaf is but a shape."""
+    if is_abstract(leaf):
+        return jax.ShapeDtypeStruct((view.count,), jnp.float32)
+    return automatic(functools.partial(_radii, view=view), leaf, like=PartitionSpec())
 
 
 def _radii(weight: Array, view: MatrixView) -> Float[Array, " b"]:

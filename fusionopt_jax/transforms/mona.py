@@ -15,10 +15,10 @@ average of differences is the difference to an average, so one buffer is enough:
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from fusionopt_jax._checks import check_decay_rate, check_number
+from fusionopt_jax._leaves import check_leaves, wide_zeros, widened
 from fusionopt_jax._optax import transformation
 from fusionopt_jax._types import Array, Number, Params
 
@@ -80,20 +80,22 @@ def mona(
     check_decay_rate("beta", beta)
 
     def init_fn(params: Any) -> MONAState:
-        return MONAState(optax.tree.zeros_like(params, dtype=jnp.float32))
+        check_leaves("mona", params, complex_too=True)
+        return MONAState(wide_zeros(params))
 
     def update_fn(
         updates: Any, state: MONAState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, MONAState]:
         del params, extra_args
+        check_leaves("mona", updates, complex_too=True)
         k = alpha * (1 - beta) if weighted else alpha
 
         def accelerate(g: Array, e: Array) -> Array:
-            fresh = g.astype(jnp.float32)
+            fresh = widened(g)
             return (fresh + k * (fresh - e)).astype(g.dtype)
 
         def average(g: Array, e: Array) -> Array:
-            return beta * e + (1 - beta) * g.astype(jnp.float32)
+            return beta * e + (1 - beta) * widened(g)
 
         e = state.gradient_average
         return (

@@ -20,8 +20,10 @@ from fusionopt_jax._checks import (
     check_decay_rate,
     check_number,
     check_positive,
+    check_scalar_value,
     is_concrete_number,
 )
+from fusionopt_jax._leaves import check_leaves, widened
 from fusionopt_jax._optax import TransformLike, accepting_extra_args, transformation
 from fusionopt_jax._types import Array, Count, Number, Params, Scalar
 from fusionopt_jax.iterates import fast_iterate, schedule_free_states
@@ -140,6 +142,7 @@ def polyak(
     inner_tx = accepting_extra_args(inner)
 
     def init_fn(params: Params) -> PolyakState:
+        check_leaves("polyak", params, complex_too=True)
         inner_state = inner_tx.init(params)
         if rule == "schedule_free_plus" and not schedule_free_states(inner_state):
             raise ValueError(
@@ -169,6 +172,9 @@ def polyak(
                 "`polyak` needs the loss: call `update(grads, state, params, "
                 "value=loss)`."
             )
+        check_leaves("polyak", updates, complex_too=True)
+        if value is not None:
+            check_scalar_value("polyak", value)
         if rule == "ratio":
             averages = _ratio(updates, state, value)
         else:
@@ -264,10 +270,10 @@ def _as_fp32(value: Array | float) -> Scalar:
 
 def _gradient_norm(updates: Any, norm: Literal["l1", "l2", "mean_abs"]) -> Scalar:
     """A norm over all leaves, in fp32."""
-    leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(updates)]
+    leaves = [jnp.abs(widened(leaf)) for leaf in jax.tree.leaves(updates)]
     if norm == "l2":
         return jnp.sqrt(_total(jnp.sum(leaf * leaf) for leaf in leaves))
-    total = _total(jnp.sum(jnp.abs(leaf)) for leaf in leaves)
+    total = _total(jnp.sum(leaf) for leaf in leaves)
     size = sum(leaf.size for leaf in leaves)
     return total / max(size, 1) if norm == "mean_abs" else total
 
@@ -276,7 +282,7 @@ def _inner_product(gradient: Any, z: Params, y: Params) -> Scalar:
     """⟨g, z − y⟩ over all leaves, in fp32."""
     products = jax.tree.map(
         lambda g, a, b: jnp.sum(
-            g.astype(jnp.float32) * (a.astype(jnp.float32) - b.astype(jnp.float32))
+            jnp.real(jnp.conj(widened(g)) * (widened(a) - widened(b)))
         ),
         gradient,
         z,

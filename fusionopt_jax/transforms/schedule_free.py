@@ -21,6 +21,7 @@ from fusionopt_jax._checks import (
     check_number,
     check_rate_or_schedule,
 )
+from fusionopt_jax._leaves import check_leaves, copied, wide_dtype, widened
 from fusionopt_jax._optax import TransformLike, accepting_extra_args, transformation
 from fusionopt_jax._types import Array, Count, Number, Params, Scalar, ScalarOrSchedule
 from fusionopt_jax.iterates import ScheduleFreeState, average_of
@@ -161,10 +162,14 @@ def schedule_free(
         return 1 - (1 - start) * ((1 - b1_max) / (1 - start)) ** progress
 
     def init_fn(params: Params) -> ScheduleFreeState:
-        # A copy, because the caller may donate the parameters and the state together,
-        # and one buffer can't be donated twice.
-        z = jax.tree.map(lambda p: jnp.array(p, dtype=state_dtype, copy=True), params)
-        x = jax.tree.map(jnp.copy, z) if stores_average(params) else None
+        check_leaves("schedule_free", params, complex_too=True)
+
+        def iterate() -> Params:
+            """A copy of the parameters as the state keeps them."""
+            return jax.tree.map(lambda p: copied(p, wide_dtype(p, state_dtype)), params)
+
+        z = iterate()
+        x = iterate() if stores_average(params) else None
         return ScheduleFreeState(
             count=jnp.zeros([], jnp.int32),
             b1=interpolation(jnp.zeros([], jnp.int32)),
@@ -188,6 +193,7 @@ def schedule_free(
                 "`schedule_free` needs the current parameters: call "
                 "`update(grads, state, params)`."
             )
+        check_leaves("schedule_free", updates, complex_too=True)
         x = average_of(state, params)
         seen = {"fast": state.z, "gradient": params, "average": x}[inner_params]
         direction, inner_state = inner_tx.update(
@@ -201,14 +207,14 @@ def schedule_free(
         beta = interpolation(state.count)
 
         def fast(z: Array, u: Array) -> Array:
-            return (z - gamma * u.astype(jnp.float32)).astype(state_dtype)
+            return (z - gamma * widened(u)).astype(z.dtype)
 
         def average(x: Array, z_next: Array) -> Array:
-            return (x + c * (z_next - x)).astype(state_dtype)
+            return (x + c * (z_next - x)).astype(x.dtype)
 
         def step(y: Array, z_next: Array, x_next: Array) -> Array:
             y_next = z_next + beta * (x_next - z_next)
-            return (y_next - y.astype(state_dtype)).astype(y.dtype)
+            return (y_next - y.astype(z_next.dtype)).astype(y.dtype)
 
         z_next = jax.tree.map(fast, state.z, direction)
         x_next = jax.tree.map(average, x, z_next)

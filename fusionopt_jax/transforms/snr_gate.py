@@ -20,6 +20,7 @@ from fusionopt_jax._checks import (
     check_number,
     check_positive,
 )
+from fusionopt_jax._leaves import check_leaves, wide_zeros
 from fusionopt_jax._matrices.placement import automatic
 from fusionopt_jax._matrices.view import MatrixView
 from fusionopt_jax._optax import TransformLike, accepting_extra_args, transformation
@@ -117,6 +118,7 @@ def snr_gate(
         return list(matrix_views(tree, routing, "snr_gate"))
 
     def init_fn(params: Params) -> SNRGateState:
+        check_leaves("snr_gate", params)
         leaves, treedef = jax.tree.flatten(params)
         moments = [
             # Like the leaf, since that takes over its sharding too.
@@ -128,7 +130,7 @@ def snr_gate(
         return SNRGateState(
             count=jnp.zeros([], jnp.int32),
             gate=jnp.ones([], jnp.float32),
-            gradient_average=optax.tree.zeros_like(params, dtype=jnp.float32),
+            gradient_average=wide_zeros(params),
             second_moment=jax.tree.unflatten(treedef, moments),
             inner_state=inner_tx.init(params),
         )
@@ -139,6 +141,7 @@ def snr_gate(
         params: Params | None = None,
         **extra_args: Any,
     ) -> tuple[Any, SNRGateState]:
+        check_leaves("snr_gate", updates)
         results, inner_state = inner_tx.update(
             updates, state.inner_state, params, **extra_args
         )

@@ -125,16 +125,14 @@ def test_leaves_that_changed_group_are_listed(trained):
 
 def test_other_chunks_are_an_error(trained):
     params, state = trained
-    with pytest.raises(
-        ValueError, match=r"second_moment\['qkv'\].*\[3, 8\].*\[1, 24\]"
-    ):
+    with pytest.raises(ValueError, match=r"second_moment/qkv.*\[3, 8\].*\[1, 24\]"):
         fo.warm_start(fusion(FULL, fo.Routing(min_dim=8)), params, state)
 
 
 def test_other_parameters_are_an_error(trained):
     params, state = trained
     more = params | {"more": jnp.ones((8, 8))}
-    with pytest.raises(ValueError, match=r"no ScheduleFreeState\.z\['more'\]"):
+    with pytest.raises(ValueError, match=r"no ScheduleFreeState\.z/more"):
         fo.warm_start(fusion(FULL), more, state)
 
 

@@ -12,7 +12,8 @@ from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+
+from fusionopt_jax._types import Leaf
 
 
 def is_concrete_number(value: object) -> TypeGuard[int | float]:
@@ -122,6 +123,6 @@ def did_you_mean(value: object, choices: Iterable[Any]) -> str:
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
-def shape_text(leaf: Array | jax.ShapeDtypeStruct) -> str:
+def shape_text(leaf: Leaf) -> str:
     """A leaf's dtype and shape as errors print them, such as `float32[3, 4]`."""
     return f"{leaf.dtype}[{', '.join(str(size) for size in leaf.shape)}]"

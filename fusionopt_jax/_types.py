@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 Scalar: TypeAlias = Float[Array, ""]
@@ -21,6 +22,9 @@ Updates: TypeAlias = PyTree[Any]
 Matrices: TypeAlias = Float[Array, "*batch m n"]
 """A stack of matrices over its last two axes."""
 
+Leaf: TypeAlias = jax.Array | np.ndarray | jax.ShapeDtypeStruct
+"""What a tree may hold: numbers of JAX or NumPy, or a shape without numbers."""
+
 KeyPath: TypeAlias = tuple[Any, ...]
 """A path of keys as `jax.tree_util` gives it."""
 
@@ -36,6 +40,7 @@ __all__ = [
     "Float",
     "Int",
     "KeyPath",
+    "Leaf",
     "Matrices",
     "Number",
     "Params",

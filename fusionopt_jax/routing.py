@@ -30,7 +30,7 @@ from fusionopt_jax._checks import (
 from fusionopt_jax._leaves import check_arrays, check_leaves
 from fusionopt_jax._matrices.view import MatrixView
 from fusionopt_jax._paths import path_name
-from fusionopt_jax._types import Array, KeyPath, Params
+from fusionopt_jax._types import KeyPath, Leaf, Params
 
 Axes: TypeAlias = int | Sequence[int]
 Layout: TypeAlias = Literal["in_out", "out_in"]
@@ -358,7 +358,7 @@ class Routing:
                 "was written with, or start the optimiser state anew."
             )
 
-    def route(self, path: KeyPath, leaf: Array | jax.ShapeDtypeStruct) -> Route:
+    def route(self, path: KeyPath, leaf: Leaf) -> Route:
         """What the routing says of one leaf."""
         name = path_name(path)
         shape = tuple(leaf.shape)
@@ -398,9 +398,7 @@ class Routing:
         by = f"rule {rule.pattern!r}" if rule else f"both sides >= {self.min_dim}"
         return SPECTRAL, by
 
-    def _view(
-        self, name: str, leaf: Array | jax.ShapeDtypeStruct, rule: Rule | None
-    ) -> MatrixView | None:
+    def _view(self, name: str, leaf: Leaf, rule: Rule | None) -> MatrixView | None:
         """The matrices of a leaf, or `None` if nothing explains its axes."""
         shape = tuple(leaf.shape)
         offset = self._layer_axes(name)
@@ -500,7 +498,7 @@ def _absolute(
     rank: int,
     offset: int,
     name: str,
-    leaf: Array | jax.ShapeDtypeStruct,
+    leaf: Leaf,
 ) -> tuple[int, ...]:
     """Axes of a leaf counted from 0, past the axis that counts its layers."""
     listed = (axes,) if isinstance(axes, int) else tuple(axes)

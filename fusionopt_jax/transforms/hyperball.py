@@ -14,7 +14,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from fusionopt_jax._checks import check_rate_or_schedule
-from fusionopt_jax._leaves import is_abstract
+from fusionopt_jax._leaves import check_leaves, is_abstract
 from fusionopt_jax._matrices.newton_schulz import frobenius_norm
 from fusionopt_jax._matrices.placement import automatic
 from fusionopt_jax._matrices.view import MatrixView
@@ -130,6 +130,7 @@ def hyperball(
                 "`hyperball` can't be inside `polyak`: multiplying its updates would "
                 "leave the sphere. Give it a schedule as `learning_rate`."
             )
+        check_leaves("hyperball", updates)
         directions, inner_state = inner_tx.update(
             updates, state.inner_state, params, **extra_args
         )

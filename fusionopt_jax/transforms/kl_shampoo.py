@@ -337,12 +337,12 @@ def kl_shampoo(
     def update_fn(
         updates: Any, state: KLShampooState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, KLShampooState]:
+        views = matrix_views(updates, routing, "kl_shampoo")
         directions, inner_state = momentum.update(
             updates, state.inner_state, params, **extra_args
         )
         leaves, treedef = jax.tree.flatten(updates)
         directions = treedef.flatten_up_to(directions)
-        views = matrix_views(updates, routing, "kl_shampoo")
         pairs = _pairs(treedef, state)
         results, pairs = automatic(
             functools.partial(whitened, views=views),

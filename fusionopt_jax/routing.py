@@ -12,14 +12,13 @@ least `min_dim`, is `"spectral"` and everything else `"scalar"`.
 """
 
 import dataclasses
-import json
-import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import jax
 
+from fusionopt_jax import _routes
 from fusionopt_jax._checks import (
     check_choice,
     check_integer,
@@ -30,6 +29,7 @@ from fusionopt_jax._checks import (
 from fusionopt_jax._leaves import check_arrays, check_leaves
 from fusionopt_jax._matrices.view import MatrixView
 from fusionopt_jax._paths import path_name
+from fusionopt_jax._routes import Route
 from fusionopt_jax._types import KeyPath, Leaf, Params
 
 Axes: TypeAlias = int | Sequence[int]
@@ -161,35 +161,6 @@ class Rule:
 
 
 @dataclasses.dataclass(frozen=True)
-class Route:
-    """What a routing says of one leaf.
-
-    Attributes:
-        path: The leaf's slash-joined path.
-        shape: Its shape.
-        label: The group it belongs to.
-        view: Its matrices, or `None` if it has none.
-        reason: Why, in words.
-        scale: Factor on its learning rate.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    label: str
-    view: MatrixView | None
-    reason: str
-    scale: float = 1.0
-
-    @property
-    def description(self) -> str:
-        """Label and matrices in one line, such as `spectral 36x(128, 128)`."""
-        if self.view is None:
-            return self.label
-        rows, columns = self.view.matrix_shape
-        return f"{self.label} {self.view.count}x({rows}, {columns})"
-
-
-@dataclasses.dataclass(frozen=True)
 class Routing:
     """Labels every leaf of a parameter tree, and says which axes make its matrices.
 
@@ -295,37 +266,15 @@ class Routing:
 
         Factors on the learning rate have a column where there are any.
         """
-        routes = self.routes(params)
-        scaled = any(route.scale != 1 for route in routes)
-        rows = [("path", "shape", "label", "matrices", "why", *["rate"] * scaled)]
-        for route in routes:
-            matrices = ""
-            if route.view is not None:
-                inputs, outputs = route.view.matrix_shape
-                matrices = f"{route.view.count} x ({inputs}, {outputs})"
-            rows.append(
-                (
-                    route.path,
-                    str(route.shape),
-                    route.label,
-                    matrices,
-                    route.reason,
-                    *[f"x {route.scale:g}" if route.scale != 1 else ""] * scaled,
-                )
-            )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) for cell, width in zip(row, widths, strict=True)
-            ).rstrip()
-            for row in rows
-        ]
-        return "\n".join([*lines, _totals(routes)])
+        return _routes.table(self.routes(params))
 
     def fingerprint(self, params: Params) -> str:
-        """The split as one string, to keep in a checkpoint and `check` on restoring."""
-        routes = {route.path: route.description for route in self.routes(params)}
-        return json.dumps(routes, sort_keys=True, separators=(",", ":"))
+        """The split as one string, to keep in a checkpoint and `check` on restoring.
+
+        It holds the group of every leaf, its matrices, and the axes and chunks that
+        make them; factors on the learning rate are no part of the split.
+        """
+        return _routes.fingerprint(self.routes(params))
 
     def check(self, params: Params, fingerprint: str) -> None:
         """Require that a saved fingerprint describes this routing of these parameters.
@@ -335,28 +284,11 @@ class Routing:
             fingerprint: What `fingerprint` returned when the checkpoint was written.
 
         Raises:
-            ValueError: If any leaf moved, came or went; it lists them.
+            ValueError: If any leaf moved to another group, has other matrices or other
+                axes, came or went (it lists them), or if it is no fingerprint of this
+                version.
         """
-        now = json.loads(self.fingerprint(params))
-        try:
-            saved = json.loads(fingerprint)
-        except ValueError as error:
-            raise ValueError(
-                f"The saved routing fingerprint can't be read ({error}); it must be "
-                "the string that `Routing.fingerprint` returned."
-            ) from error
-        moved = [
-            f"  {path}: saved as {saved.get(path, 'absent')}, "
-            f"now {now.get(path, 'absent')}"
-            for path in sorted({*now, *saved})
-            if now.get(path) != saved.get(path)
-        ]
-        if moved:
-            raise ValueError(
-                "The checkpoint was written under another routing. These leaves "
-                "moved:\n" + "\n".join(moved) + "\nRestore with the routing that it "
-                "was written with, or start the optimiser state anew."
-            )
+        _routes.check(self.routes(params), fingerprint)
 
     def route(self, path: KeyPath, leaf: Leaf) -> Route:
         """What the routing says of one leaf."""
@@ -510,19 +442,6 @@ def _absolute(
                 + (", whose leading axis counts layers." if offset else ".")
             )
     return tuple(axis % rank + offset for axis in listed)
-
-
-def _totals(routes: Iterable[Route]) -> str:
-    """One line with the leaves and parameters of each label."""
-    counts: dict[str, list[int]] = {}
-    for route in routes:
-        entry = counts.setdefault(route.label, [0, 0])
-        entry[0] += 1
-        entry[1] += math.prod(route.shape)
-    return "; ".join(
-        f"{label}: {leaves} {'leaf' if leaves == 1 else 'leaves'}, {size:,} parameters"
-        for label, (leaves, size) in sorted(counts.items())
-    )
 
 
 def _is_embedding(name: str) -> bool:

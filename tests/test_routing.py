@@ -378,3 +378,55 @@ def test_another_split_is_an_error_that_lists_the_leaves_that_moved():
         fo.Routing(stacked=["blocks"]).check(fewer, saved)
     with pytest.raises(ValueError, match="can't be read"):
         now.check(TRANSFORMER, "not a fingerprint")
+
+
+@pytest.mark.parametrize(
+    ("saved", "now", "words"),
+    [
+        (
+            fo.Routing(),
+            fo.Routing(layout="out_in"),
+            r"square: saved as .*inputs \(0,\), outputs \(1,\), now .*inputs \(1,\)",
+        ),
+        (
+            fo.Routing([fo.Rule("stack", axes=fo.MatrixAxes(1, 2))]),
+            fo.Routing([fo.Rule("stack", axes=fo.MatrixAxes(0, 2))]),
+            r"stack: saved as .*inputs \(1,\).*now .*inputs \(0,\)",
+        ),
+        (
+            fo.Routing([fo.Rule("stack", axes=fo.MatrixAxes(1, 2, chunks=1))]),
+            fo.Routing([fo.Rule("stack", "spectral", fo.MatrixAxes(1, 2, chunks=2))]),
+            r"stack: saved as spectral 128x\(128, 128\), now spectral 256x\(128, 64\)",
+        ),
+        (
+            fo.Routing([fo.Rule("stack", "spectral", fo.MatrixAxes(1, (0, 2), 2))]),
+            fo.Routing([fo.Rule("stack", "spectral", fo.MatrixAxes(1, (2, 0), 2))]),
+            r"outputs \(0, 2\), chunks 2 of the outputs, now .*outputs \(2, 0\)",
+        ),
+    ],
+    ids=["layout", "axes", "chunks", "order"],
+)
+def test_the_same_split_along_other_axes_is_another_split(saved, now, words):
+    params = shapes({"square": (128, 128), "stack": (128, 128, 128)})
+    text = saved.fingerprint(params)
+    saved.check(params, text)
+    with pytest.raises(ValueError, match=words):
+        now.check(params, text)
+
+
+def test_a_fingerprint_without_axes_is_told_from_a_damaged_one():
+    routing = fo.Routing()
+    params = shapes({"w": (128, 128)})
+    with pytest.raises(ValueError, match=r"axes.*replace it by"):
+        routing.check(params, '{"w":"spectral 1x(128, 128)"}')
+    with pytest.raises(ValueError, match="another version"):
+        routing.check(params, "3")
+
+
+@pytest.mark.parametrize("leaf", [jax.nn.relu, "gelu", 3, 0.5])
+def test_leaves_that_are_no_arrays_are_named(leaf):
+    params = {"layer": {"activation": leaf, "w": jnp.ones((8, 8))}}
+    routing = fo.Routing()
+    for use in (routing.labels, routing.table, routing.fingerprint, routing.scales):
+        with pytest.raises(ValueError, match=r"'layer/activation' is no array.*array"):
+            use(params)

@@ -1,23 +1,26 @@
 """Calls of a function of stacks over many leaves.
 
-Leaves of equal matrix shape, turned or not, form one bucket, and the function is called
-once per bucket.
+`map_stacks` and `map_stateful` join the matrices of equal shape into buckets and call a
+function once per bucket; `map_leaves` calls it for each leaf as it lies.
 """
 
+import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from fusionopt_jax._matrices.placement import automatic, device_count, spread
-from fusionopt_jax._matrices.view import MatrixView
+from fusionopt_jax._matrices.placement import automatic, device_count, spread, whole
+from fusionopt_jax._matrices.view import MatrixView, StackShape
 
 Stack: TypeAlias = Float[Array, "b m n"]
 StackFunction: TypeAlias = Callable[[Stack], Stack]
 Bucketing: TypeAlias = Literal["auto", "loop", "batch", "leaf"]
+Devices: TypeAlias = Literal["share", "repeat"]
 
 BUCKETINGS: tuple[Bucketing, ...] = ("auto", "loop", "batch", "leaf")
 
@@ -48,98 +51,342 @@ def map_stacks(
         function: Takes and returns a stack `(b, m, n)`. It must treat the matrices of a
             stack independently, and a transposed one as the matrix itself.
         leaves: Arrays.
-        views: How each of them is a stack.
-        bucketing: `"batch"` joins leaves of equal matrix shape and dtype and makes one
-            batched call; `"loop"` goes through them one matrix at a time in a compiled
-            loop, through a leaf that is a stack as it lies and through single matrices
-            joined; `"leaf"` makes one batched call for each leaf; `"auto"` chooses
-            between the first two by the backend.
+        views: How each of them is stacks.
+        bucketing: See `map_stateful`.
 
     Returns:
         The results, shaped like the leaves.
     """
 
-    def mapped(*leaves: Array) -> tuple[Array, ...]:
-        return tuple(_mapped(function, leaves, views, bucketing))
+    def stateless(stacks: tuple[Stack, ...], state: Any, ids: Array) -> Any:
+        del ids
+        return function(*stacks), state
 
-    return list(automatic(mapped, *leaves, like=tuple(leaves)))
+    results, _ = map_stateful(
+        stateless,
+        [leaves],
+        views,
+        states=[((),) * len(view.stacks) for view in views],
+        bucketing=bucketing,
+    )
+    return results
+
+
+def map_stateful(
+    function: Callable[..., tuple[Stack, Any]],
+    operands: Sequence[Sequence[Array]],
+    views: Sequence[MatrixView],
+    *,
+    states: Sequence[tuple[Any, ...]],
+    scalars: Sequence[Array] = (),
+    keys: Sequence[int] | None = None,
+    turn_state: Callable[[Any], Any] = lambda state: state,
+    bucketing: Bucketing = "auto",
+    devices: Devices = "share",
+) -> tuple[list[Array], list[tuple[Any, ...]]]:
+    """`function` of every leaf's matrices and of what is remembered of each.
+
+    Args:
+        function: `function(stacks, state, ids, *scalars) -> (stack, state)`. It gets
+            one stack `(b, m, n)` of each operand, a tree of arrays `(b, ...)`, and
+            int32 `(b,)`; it returns what takes the place of the first stack and of the
+            state. It must treat the matrices of a stack independently, and a
+            transposed one, with its state turned, as the matrix itself.
+        operands: Lists of leaves, all of the views' shapes. The results take the place
+            of the first list's, in its dtypes.
+        views: How each leaf is stacks.
+        states: For each leaf, one tree of arrays `(count, ...)` for each of its stacks.
+        scalars: Arrays handed to every call.
+        keys: A number for each leaf. The `ids` of its matrices count on from there, so
+            that they depend on the leaf and the index alone; `None` counts from 0.
+        turn_state: What the state of a transposed stack is; its own inverse.
+        bucketing: `"batch"` joins stacks of equal matrix shape and makes one batched
+            call; `"loop"` goes through them one matrix at a time in a compiled loop,
+            through a leaf that is a stack as it lies and through single matrices
+            joined; `"leaf"` makes one batched call for each stack of a leaf; `"auto"`
+            chooses between the first two by the backend.
+        devices: On a mesh, `"share"` gives each device whole matrices, its share of
+            the stack; `"repeat"` lets every device compute all of them.
+
+    Returns:
+        The results, shaped like the leaves, and the new states.
+    """
+
+    def mapped(
+        operands: Any, states: Any, *scalars: Array
+    ) -> tuple[list[Array], list[tuple[Any, ...]]]:
+        def bound(stacks: tuple[Stack, ...], state: Any, ids: Array) -> Any:
+            return function(stacks, state, ids, *scalars)
+
+        calls = _Calls(bound, turn_state, bucketing, devices)
+        return _mapped(calls, operands, views, states, keys or [0] * len(views))
+
+    operands = [list(leaves) for leaves in operands]
+    states = list(states)
+    return automatic(mapped, operands, states, *scalars, like=(operands[0], states))
+
+
+def map_leaves(
+    function: Callable[..., tuple[Any, ...]],
+    views: Sequence[MatrixView],
+    *,
+    written: Sequence[Any] = (),
+    states: Sequence[Any] = (),
+    read: Sequence[Any] = (),
+    scalars: Sequence[Array] = (),
+) -> list[Any]:
+    """`function` of the stacks of every leaf, leaf by leaf.
+
+    Args:
+        function: `function(*written, *states, *read, *scalars)`, which returns what
+            takes the place of `written` and `states`; it gets a stack of each of
+            `written` and `read`, and an array of each of `states`.
+        views: How each leaf is stacks.
+        written: Trees of leaves.
+        states: Trees that hold, for each leaf, an array `(count, ...)` for each of its
+            stacks, as `stack_states` makes them.
+        read: Trees of leaves.
+        scalars: Arrays handed to every call.
+
+    Returns:
+        The trees that take the place of `written` and of `states`.
+    """
+    trees = (*written, *states, *read)
+    first, last = len(written), len(written) + len(states)
+    treedef = jax.tree.structure((*written, *read)[0])
+
+    def mapped(view: MatrixView, arrays: Sequence[Any], *scalars: Array) -> Any:
+        """The results for one leaf."""
+        parts = [
+            view.from_state(array) if first <= i < last else view.to_stacks(array)
+            for i, array in enumerate(arrays)
+        ]
+        done = [function(*stack, *scalars) for stack in zip(*parts, strict=True)]
+        return tuple(
+            view.from_stacks(parts) if i < first else view.to_state(parts)
+            for i, parts in enumerate(zip(*done, strict=True))
+        )
+
+    leaves = zip(*(treedef.flatten_up_to(tree) for tree in trees), strict=True)
+    results = [
+        automatic(functools.partial(mapped, view), leaf, *scalars, like=leaf[:last])
+        for view, leaf in zip(views, leaves, strict=True)
+    ]
+    return [
+        jax.tree.unflatten(treedef, [result[i] for result in results])
+        for i in range(last)
+    ]
+
+
+def stack_states(
+    tree: Any, views: Sequence[MatrixView], make: Callable[[StackShape], Any]
+) -> Any:
+    """A tree like `tree` with what `make` returns for the stack of each leaf.
+
+    A leaf of several stacks has a tuple in its place.
+    """
+    states = [view.to_state([make(stack) for stack in view.stacks]) for view in views]
+    return jax.tree.unflatten(jax.tree.structure(tree), states)
+
+
+class _Calls(NamedTuple):
+    """How a function of stacks is called; the arguments of `map_stateful`."""
+
+    function: Callable[..., tuple[Stack, Any]]
+    turn_state: Callable[[Any], Any]
+    bucketing: Bucketing
+    devices: Devices
+
+
+class _Part(NamedTuple):
+    """One stack of one leaf, and all that goes with it."""
+
+    stacks: tuple[Stack, ...]
+    state: Any
+    ids: Array
+
+    def turned(self, calls: _Calls) -> "_Part":
+        """The part of the transposed matrices; its own inverse."""
+        turned = tuple(stack.mT for stack in self.stacks)
+        return _Part(turned, calls.turn_state(self.state), self.ids)
 
 
 def _mapped(
-    function: StackFunction,
-    leaves: Sequence[Array],
+    calls: _Calls,
+    operands: Sequence[Sequence[Array]],
     views: Sequence[MatrixView],
-    bucketing: Bucketing,
-) -> list[Any]:
-    """`map_stacks` without an explicit mesh."""
-    bucketing = resolve_bucketing(bucketing, *leaves)
-    results: list[Any] = [None] * len(leaves)
-    for members in _buckets(leaves, views, bucketing):
-        if bucketing == "loop" and len(members) == 1:
-            only = members[0]
-            results[only] = _loop(function, leaves[only], views[only])
+    states: Sequence[tuple[Any, ...]],
+    keys: Sequence[int],
+) -> tuple[list[Array], list[tuple[Any, ...]]]:
+    """`map_stateful` without an explicit mesh."""
+    calls = calls._replace(bucketing=resolve_bucketing(calls.bucketing, *operands[0]))
+    results: list[Any] = [None] * len(views)
+    new_states: list[Any] = list(states)
+    parts: dict[tuple[int, int], _Part] = {}
+    for i, view in enumerate(views):
+        leaves = tuple(column[i] for column in operands)
+        ids = _ids(view, keys[i])
+        if calls.bucketing == "loop" and view.count > 1:
+            # A loop gains nothing from joining stacks, and the copy would cost memory.
+            results[i], new_states[i] = _loop(calls, leaves, view, states[i], ids)
             continue
+        stacks = zip(*(view.to_stacks(leaf) for leaf in leaves), strict=True)
+        for k, stack in enumerate(stacks):
+            parts[i, k] = _Part(stack, states[i][k], ids[k])
+    done: dict[tuple[int, int], tuple[Stack, Any]] = {}
+    for members in _buckets(parts, calls, device_count(*operands[0])):
         # Only stacks that are joined have to lie the same way.
-        mixed = len({views[i].tall for i in members}) > 1
-        turns = {i: mixed and views[i].tall for i in members}
-        joined = jnp.concatenate(
-            [turned(views[i].to_stack(leaves[i]), turns[i]) for i in members]
+        tall = {at: _tall(parts[at]) for at in members}
+        turns = {at: tall[at] and not all(tall.values()) for at in members}
+        joined = _joined(
+            [parts[at].turned(calls) if turns[at] else parts[at] for at in members]
         )
-        if bucketing == "loop":
-            done = _each(lambda matrix: function(matrix[None])[0], joined)
-        else:
-            done = spread(function, *leaves)(joined)
+        stack, state = _called(calls, joined, operands[0])
         start = 0
-        for i, turn in turns.items():
-            part = done[start : start + views[i].count]
-            results[i] = views[i].from_stack(turned(part, turn))
-            start += views[i].count
-    return results
+        for at, turn in turns.items():
+            mine = slice(start, start + parts[at].ids.shape[0])
+            start = mine.stop
+            part = _Part((stack[mine],), _cut(state, mine), parts[at].ids)
+            part = part.turned(calls) if turn else part
+            done[at] = part.stacks[0], part.state
+    for i in sorted({i for i, _ in parts}):
+        mine = [done[i, k] for k in range(len(views[i].stacks))]
+        results[i] = views[i].from_stacks([stack for stack, _ in mine])
+        new_states[i] = tuple(state for _, state in mine)
+    return results, new_states
+
+
+def _buckets(
+    parts: dict[tuple[int, int], _Part], calls: _Calls, devices: int
+) -> list[list[tuple[int, int]]]:
+    """The stacks that one call serves."""
+    # A stack that gives every device a matrix needs no other, and a copy would be an
+    # exchange; so would any where every device computes all.
+    enough = {"share": devices, "repeat": 1}[calls.devices] if devices > 1 else math.inf
+    buckets: dict[Hashable, list[tuple[int, int]]] = {}
+    for at, part in parts.items():
+        alone = calls.bucketing == "leaf" or part.ids.shape[0] >= enough
+        buckets.setdefault(at if alone else _kind(part, calls), []).append(at)
+    return list(buckets.values())
+
+
+def _kind(part: _Part, calls: _Calls) -> Hashable:
+    """What stacks that can be joined have in common, once turned."""
+    if _tall(part):
+        part = jax.eval_shape(lambda part: part.turned(calls), part)
+    arrays, structure = jax.tree.flatten((part.stacks, part.state))
+    return structure, tuple((array.shape[1:], array.dtype) for array in arrays)
+
+
+def _tall(part: _Part) -> bool:
+    """Whether its matrices have more inputs than outputs."""
+    _, rows, columns = part.stacks[0].shape
+    return rows > columns
+
+
+def _joined(parts: Sequence[_Part]) -> _Part:
+    """Stacks as one longer stack."""
+    if len(parts) == 1:
+        return parts[0]
+    return jax.tree.map(lambda *stacks: jnp.concatenate(stacks), *parts)
+
+
+def _cut(state: Any, part: slice) -> Any:
+    return jax.tree.map(lambda stack: stack[part], state)
+
+
+def _called(calls: _Calls, part: _Part, leaves: Sequence[Array]) -> tuple[Stack, Any]:
+    """The function of a bucket: at once, on several devices, or in a loop."""
+    if calls.bucketing == "loop":
+        return _each_matrix(calls, part)
+    if calls.devices == "share":
+        return spread(calls.function, *leaves)(*part)
+    return whole(calls.function(*whole(part, *leaves)), *leaves)
+
+
+def _loop(
+    calls: _Calls,
+    leaves: tuple[Array, ...],
+    view: MatrixView,
+    states: tuple[Any, ...],
+    ids: tuple[Array, ...],
+) -> tuple[Array, tuple[Any, ...]]:
+    """The function of one leaf's matrices, split one layer at a time."""
+    written, *read = leaves
+    if view.batch_axes == (0,) and view.shape[0] > 1:
+        # Splitting the whole leaf would copy it.
+        layer = view.one_layer()
+        return _each(
+            view.shape[0],
+            lambda written, read: _loop(
+                calls, (written[0], *read[0]), layer, written[1], read[1]
+            ),
+            (written, states),
+            (tuple(read), ids),
+        )
+    stacks = zip(*(view.to_stacks(leaf) for leaf in leaves), strict=True)
+    done = [
+        _each_matrix(calls, _Part(*part))
+        for part in zip(stacks, states, ids, strict=True)
+    ]
+    return view.from_stacks([stack for stack, _ in done]), tuple(
+        state for _, state in done
+    )
+
+
+def _each_matrix(calls: _Calls, part: _Part) -> tuple[Stack, Any]:
+    """The function of each matrix of a stack, in turn."""
+    first, *read = part.stacks
+    return _each(
+        first.shape[0],
+        lambda written, read: calls.function(
+            (written[0], *read[0]), written[1], read[1]
+        ),
+        (first, part.state),
+        (tuple(read), part.ids),
+    )
+
+
+def _each(
+    count: int, function: Callable[[Any, Any], Any], written: Any, read: Any
+) -> Any:
+    """`function` of each of `count` parts, in turn, written where the part was read.
+
+    All are trees of arrays that are divided along their first axes. `jax.lax.map` would
+    fill second arrays with zeros before it starts.
+    """
+    if count == 1:
+        return function(written, read)
+
+    def step(i: Array, written: Any) -> Any:
+        def part(array: Array) -> Array:
+            size = array.shape[0] // count
+            return jax.lax.dynamic_slice_in_dim(array, i * size, size)
+
+        def replaced(array: Array, old: Array, new: Array) -> Array:
+            # What the function hands through needn't be written again.
+            if new is old:
+                return array
+            start = i * (array.shape[0] // count)
+            return jax.lax.dynamic_update_slice_in_dim(array, new, start, 0)
+
+        old = jax.tree.map(part, written)
+        new = function(old, jax.tree.map(part, read))
+        return jax.tree.map(replaced, written, old, new)
+
+    return jax.lax.fori_loop(0, count, step, written)
+
+
+def _ids(view: MatrixView, key: int) -> tuple[Array, ...]:
+    """The numbers of the matrices of each stack, counted on from a leaf's key."""
+    ids, start = [], key
+    for stack in view.stacks:
+        numbers = np.arange(start, start + stack.count) % 2**31
+        ids.append(jnp.asarray(numbers, jnp.int32))
+        start += stack.count
+    return tuple(ids)
 
 
 def turned(stack: Array, turn: bool) -> Array:
     """The stack, transposed if it is to be; its own inverse."""
     return stack.mT if turn else stack
-
-
-def _loop(function: StackFunction, leaf: Array, view: MatrixView) -> Array:
-    """`function` of one leaf's matrices, split one layer at a time."""
-    if view.batch_axes == (0,) and view.shape[0] > 1:
-        # Splitting the whole leaf would copy it.
-        layer = view.one_layer()
-        return _each(lambda part: _loop(function, part, layer), leaf)
-    stack = view.to_stack(leaf)
-    if view.count > 1:
-        stack = _each(lambda matrix: function(matrix[None])[0], stack)
-    else:
-        stack = function(stack)
-    return view.from_stack(stack)
-
-
-def _each(function: Callable[[Array], Array], stack: Array) -> Array:
-    """`function` of each part of a stack, in turn, written where the part was read.
-
-    `jax.lax.map` would fill a second stack with zeros before it starts.
-    """
-
-    def step(i: Array, stack: Array) -> Array:
-        part = jax.lax.dynamic_index_in_dim(stack, i, keepdims=False)
-        return jax.lax.dynamic_update_index_in_dim(stack, function(part), i, 0)
-
-    return jax.lax.fori_loop(0, stack.shape[0], step, stack)
-
-
-def _buckets(
-    leaves: Sequence[Array], views: Sequence[MatrixView], bucketing: Bucketing
-) -> list[list[int]]:
-    """Indices of the leaves that one call serves."""
-    buckets: dict[Hashable, list[int]] = {}
-    devices = device_count(*leaves)
-    # A loop gains nothing from joining stacks, and the copy would cost memory; a stack
-    # that gives every device a matrix needs no other, and a copy would be an exchange.
-    enough = 2 if bucketing == "loop" else devices if devices > 1 else math.inf
-    for i, (leaf, view) in enumerate(zip(leaves, views, strict=True)):
-        alone = bucketing == "leaf" or view.count >= enough
-        key = i if alone else (*sorted(view.matrix_shape), leaf.dtype)
-        buckets.setdefault(key, []).append(i)
-    return list(buckets.values())

@@ -14,9 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
-
-Stack = Float[Array, "b m n"]
+from jaxtyping import Array
 
 
 def automatic(function: Callable[..., Any], *args: Any, like: Any) -> Any:
@@ -52,28 +50,34 @@ def device_count(*leaves: Array) -> int:
     return _free_axes(_mesh(leaves))[1]
 
 
-def spread(function: Callable[[Stack], Stack], *leaves: Array) -> Any:
-    """`function` of a stack, for which each device of the leaves' mesh takes a share.
+def spread(function: Callable[..., Any], *leaves: Array) -> Callable[..., Any]:
+    """`function` of stacks, for which each device of the leaves' mesh takes a share.
 
-    A stack that can't be divided is filled up with matrices of zeros; a single matrix
-    is computed everywhere.
+    It takes and returns trees of arrays with one leading axis in common. Stacks that
+    can't be divided are filled up with zeros; a single matrix is computed everywhere.
     """
     mesh = _mesh(leaves)
     axes, devices = _free_axes(mesh)
     if devices == 1:
         return function
 
-    def spread_function(stack: Stack) -> Stack:
-        count = stack.shape[0]
+    def spread_function(*stacks: Any) -> Any:
+        count = jax.tree.leaves(stacks)[0].shape[0]
         if count == 1:
-            return _placed(function(_placed(stack, mesh)), mesh)
-        padded = jnp.pad(stack, ((0, -count % devices), (0, 0), (0, 0)))
-        result = function(_placed(padded, mesh, axes))
-        result = _placed(result, mesh, axes)[:count]
-        # Or the division would spread to the parameters, whose layers a scan takes one
-        # by one; how each matrix is split is for those to say.
-        free = PartitionSpec.UNCONSTRAINED
-        return _placed(result, mesh, None, free, free)
+            return whole(function(*whole(stacks, *leaves)), *leaves)
+
+        def divided(stack: Array) -> Array:
+            filling = [(0, -count % devices)] + [(0, 0)] * (stack.ndim - 1)
+            return _placed(jnp.pad(stack, filling), mesh, axes)
+
+        def collected(stack: Array) -> Array:
+            stack = _placed(stack, mesh, axes)[:count]
+            # Or the division would spread to the parameters, whose layers a scan takes
+            # one by one; how each matrix is split is for those to say.
+            free = [PartitionSpec.UNCONSTRAINED] * (stack.ndim - 1)
+            return _placed(stack, mesh, None, *free)
+
+        return jax.tree.map(collected, function(*jax.tree.map(divided, stacks)))
 
     return spread_function
 

@@ -1,29 +1,60 @@
-"""A leaf seen as a stack of matrices `(count, in, out)`, and back."""
+"""A leaf seen as stacks of matrices `(count, in, out)`, and back.
+
+Most leaves are one stack. A fused weight whose parts have different widths (the query,
+key and value of a grouped-query projection) is one stack for each part.
+"""
 
 import dataclasses
+import itertools
 import math
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
 
+class StackShape(NamedTuple):
+    """The shape of a stack of matrices.
+
+    Attributes:
+        count: How many matrices.
+        inputs: The rows of each.
+        outputs: Its columns, one for each output neuron.
+    """
+
+    count: int
+    inputs: int
+    outputs: int
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """`(in, out)` of one matrix."""
+        return self.inputs, self.outputs
+
+    @property
+    def tall(self) -> bool:
+        """Whether a matrix has more inputs than outputs."""
+        return self.inputs > self.outputs
+
+
 @dataclasses.dataclass(frozen=True)
 class MatrixView:
-    """How one leaf is a stack of matrices.
+    """How one leaf is stacks of matrices.
 
     Attributes:
         shape: The leaf's shape.
         in_axes: The axes that a matrix sums over, counted from 0.
         out_axes: The axes of its output neurons.
-        chunks: Into how many matrices each fused matrix is split.
+        chunks: Into how many equal matrices each fused matrix is split, or the sizes of
+            its parts. Equal parts lie in one stack, others in one for each part.
         chunk_axis: Which side the split runs along.
     """
 
     shape: tuple[int, ...]
     in_axes: tuple[int, ...]
     out_axes: tuple[int, ...]
-    chunks: int = 1
+    chunks: int | tuple[int, ...] = 1
     chunk_axis: Literal["input", "output"] = "output"
 
     @property
@@ -38,78 +69,130 @@ class MatrixView:
         return self._size(self.in_axes), self._size(self.out_axes)
 
     @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """`(in, out)` of one matrix."""
+    def stacks(self) -> tuple[StackShape, ...]:
+        """The shape of each stack."""
+        batch = self._size(self.batch_axes)
         rows, columns = self.fused_shape
+        number, sizes = self._parts
         if self.chunk_axis == "input":
-            return rows // self.chunks, columns
-        return rows, columns // self.chunks
+            return tuple(StackShape(batch * number, size, columns) for size in sizes)
+        return tuple(StackShape(batch * number, rows, size) for size in sizes)
 
     @property
     def count(self) -> int:
         """How many matrices the leaf holds."""
-        return self._size(self.batch_axes) * self.chunks
+        return sum(stack.count for stack in self.stacks)
 
     @property
-    def stack_shape(self) -> tuple[int, int, int]:
-        """`(count, in, out)`."""
-        return (self.count, *self.matrix_shape)
+    def stack_shape(self) -> StackShape:
+        """`(count, in, out)` of the only stack."""
+        (stack,) = self.stacks
+        return stack
 
     @property
-    def tall(self) -> bool:
-        """Whether a matrix has more inputs than outputs."""
-        rows, columns = self.matrix_shape
-        return rows > columns
+    def matrix_shape(self) -> tuple[int, int]:
+        """`(in, out)` of one matrix of the only stack."""
+        return self.stack_shape.matrix
+
+    def to_stack(self, leaf: Array) -> Array:
+        """The leaf as its only stack."""
+        (stack,) = self.to_stacks(leaf)
+        return stack
+
+    def from_stack(self, stack: Array) -> Array:
+        """The inverse of `to_stack`."""
+        return self.from_stacks([stack])
 
     def checked(self, name: str) -> "MatrixView":
-        """Itself, if its axes are distinct and its chunks equal; `name` is a path."""
+        """Itself, if its axes are distinct and its chunks fit; `name` is a path."""
         used = self.in_axes + self.out_axes
         if len(set(used)) != len(used):
             raise ValueError(
                 f"The matrices of leaf {name!r} use an axis twice: inputs "
                 f"{self.in_axes}, outputs {self.out_axes}."
             )
-        side = self.fused_shape[0 if self.chunk_axis == "input" else 1]
-        if side % self.chunks:
+        side = self._chunked_side
+        if isinstance(self.chunks, int):
+            if side % self.chunks:
+                raise ValueError(
+                    f"Leaf {name!r} of shape {self.shape} can't be split into "
+                    f"`chunks`={self.chunks}: its {self.chunk_axis} side is {side} "
+                    "long."
+                )
+        elif sum(self.chunks) != side:
             raise ValueError(
-                f"Leaf {name!r} of shape {self.shape} can't be split into "
-                f"`chunks`={self.chunks}: its {self.chunk_axis} side is {side} long."
+                f"Leaf {name!r} of shape {self.shape} can't be split into parts of "
+                f"sizes `chunks`={self.chunks}: they add up to {sum(self.chunks)}, and "
+                f"its {self.chunk_axis} side is {side} long."
             )
         return self
 
     def one_layer(self) -> "MatrixView":
-        """How one part of the leaf along its first axis, a batch axis, is a stack."""
-        return dataclasses.replace(
-            self,
-            shape=self.shape[1:],
-            in_axes=tuple(axis - 1 for axis in self.in_axes),
-            out_axes=tuple(axis - 1 for axis in self.out_axes),
-        )
+        """How a slice of length 1 along the leaf's first axis, a batch axis, is."""
+        return dataclasses.replace(self, shape=(1, *self.shape[1:]))
 
-    def to_stack(self, leaf: Array) -> Array:
-        """The leaf as `(count, in, out)`."""
+    def to_stacks(self, leaf: Array) -> tuple[Array, ...]:
+        """The leaf as one `(count, in, out)` for each of `stacks`."""
         order = self.batch_axes + self.in_axes + self.out_axes
         batch = self._size(self.batch_axes)
         rows, columns = self.fused_shape
-        stack = jnp.transpose(leaf, order).reshape(batch, rows, columns)
-        if self.chunks == 1:
-            return stack
-        if self.chunk_axis == "input":
-            return stack.reshape(self.stack_shape)
-        split = stack.reshape(batch, rows, self.chunks, columns // self.chunks)
-        return jnp.swapaxes(split, 1, 2).reshape(self.stack_shape)
+        fused = jnp.transpose(leaf, order).reshape(batch, rows, columns)
+        number, sizes = self._parts
+        if len(sizes) > 1:
+            return tuple(jnp.split(fused, _ends(sizes), axis=self._stack_axis))
+        if number > 1 and self.chunk_axis == "output":
+            split = fused.reshape(batch, rows, number, sizes[0])
+            fused = jnp.swapaxes(split, 1, 2)
+        return (fused.reshape(self.stacks[0]),)
 
-    def from_stack(self, stack: Array) -> Array:
-        """The inverse of `to_stack`."""
+    def from_stacks(self, stacks: Sequence[Array]) -> Array:
+        """The inverse of `to_stacks`."""
         batch = self._size(self.batch_axes)
-        rows, columns = self.fused_shape
-        if self.chunks > 1 and self.chunk_axis == "output":
-            split = stack.reshape(batch, self.chunks, rows, columns // self.chunks)
-            stack = jnp.swapaxes(split, 1, 2)
+        rows, _ = self.fused_shape
+        number, sizes = self._parts
+        if len(sizes) > 1:
+            fused = jnp.concatenate(stacks, axis=self._stack_axis)
+        elif number > 1 and self.chunk_axis == "output":
+            split = stacks[0].reshape(batch, number, rows, sizes[0])
+            fused = jnp.swapaxes(split, 1, 2)
+        else:
+            fused = stacks[0]
         order = self.batch_axes + self.in_axes + self.out_axes
         sorted_shape = tuple(self.shape[axis] for axis in order)
         inverse = tuple(order.index(axis) for axis in range(len(order)))
-        return jnp.transpose(stack.reshape(sorted_shape), inverse)
+        return jnp.transpose(fused.reshape(sorted_shape), inverse)
+
+    def to_state(self, parts: Sequence[Any]) -> Any:
+        """What a state keeps of a leaf: the part of its stack, or a tuple of parts."""
+        return parts[0] if len(self.stacks) == 1 else tuple(parts)
+
+    def from_state(self, state: Any) -> tuple[Any, ...]:
+        """The inverse of `to_state`: the part of each stack."""
+        return (state,) if len(self.stacks) == 1 else tuple(state)
+
+    @property
+    def _parts(self) -> tuple[int, tuple[int, ...]]:
+        """How many equal chunks there are in each stack, and the size of each kind."""
+        if isinstance(self.chunks, int):
+            return self.chunks, (self._chunked_side // self.chunks,)
+        if len(set(self.chunks)) == 1:
+            return len(self.chunks), self.chunks[:1]
+        return 1, self.chunks
+
+    @property
+    def _stack_axis(self) -> int:
+        """The axis of a stack that chunks divide."""
+        return 1 if self.chunk_axis == "input" else 2
+
+    @property
+    def _chunked_side(self) -> int:
+        """The length of the side that chunks divide."""
+        return self.fused_shape[self._stack_axis - 1]
 
     def _size(self, axes: tuple[int, ...]) -> int:
         return math.prod(self.shape[axis] for axis in axes)
+
+
+def _ends(sizes: Sequence[int]) -> list[int]:
+    """Where each part but the last ends."""
+    return list(itertools.accumulate(sizes))[:-1]

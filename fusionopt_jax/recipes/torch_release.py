@@ -1,6 +1,5 @@
 """`fusion_opt_torch`: the first release of the PyTorch FusionOpt, step for step."""
 
-import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -19,8 +18,7 @@ from fusionopt_jax._checks import (
     check_rate_or_schedule,
     is_concrete_number,
 )
-from fusionopt_jax._matrices.placement import automatic
-from fusionopt_jax._matrices.view import MatrixView
+from fusionopt_jax._matrices.buckets import Stack, map_leaves, stack_states
 from fusionopt_jax._optax import checking_leaves, keeping_dtype, transformation
 from fusionopt_jax._types import (
     Array,
@@ -324,35 +322,31 @@ def _unit_rows(
 
     def init_fn(params: Params) -> RowScaleState:
         views = matrix_views(params, routing, "fusion_opt_torch")
-        sums = [
-            jnp.zeros((view.count, view.matrix_shape[1]), jnp.float32) for view in views
-        ]
-        return RowScaleState(jax.tree.unflatten(jax.tree.structure(params), sums))
+        return RowScaleState(
+            stack_states(
+                params,
+                views,
+                lambda stack: jnp.zeros((stack.count, stack.outputs), jnp.float32),
+            )
+        )
 
     def scale(
-        update: Array, old: Float[Array, "b out"], view: MatrixView
-    ) -> tuple[Array, Float[Array, "b out"]]:
-        U = view.to_stack(update).astype(jnp.float32)
-        r = decay * old + (1 - decay) * jnp.sum(U * U, axis=1)
+        stack: Stack, r: Float[Array, "b out"]
+    ) -> tuple[Stack, Float[Array, "b out"]]:
+        U = stack.astype(jnp.float32)
+        r = decay * r + (1 - decay) * jnp.sum(U * U, axis=1)
         U = U / jnp.sqrt(jnp.maximum(r, _SMALLEST_SQUARES))[:, None, :]
-        return view.from_stack(U).astype(update.dtype), r
+        return U.astype(stack.dtype), r
 
     def update_fn(
         updates: Any, state: RowScaleState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, RowScaleState]:
         del params, extra_args
-        leaves, treedef = jax.tree.flatten(updates)
         views = matrix_views(updates, routing, "fusion_opt_torch")
-        done = [
-            automatic(functools.partial(scale, view=view), leaf, old, like=(leaf, old))
-            for leaf, old, view in zip(
-                leaves, jax.tree.leaves(state.square_sum), views, strict=True
-            )
-        ]
-        return (
-            jax.tree.unflatten(treedef, [update for update, _ in done]),
-            RowScaleState(jax.tree.unflatten(treedef, [r for _, r in done])),
+        updates, square_sum = map_leaves(
+            scale, views, written=[updates], states=[state.square_sum]
         )
+        return updates, RowScaleState(square_sum)
 
     return transformation(init_fn, update_fn)
 

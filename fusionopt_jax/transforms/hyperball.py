@@ -5,19 +5,16 @@ r"""Steps on a sphere: every matrix keeps the norm that it was initialised with.
     W \leftarrow R\,\tilde W / \|\tilde W\|_F, \qquad R = \|W_0\|_F .
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec
 
 from fusionopt_jax._checks import check_rate_or_schedule
 from fusionopt_jax._leaves import check_leaves, is_abstract
+from fusionopt_jax._matrices.buckets import Stack, map_leaves, stack_states
 from fusionopt_jax._matrices.newton_schulz import frobenius_norm
-from fusionopt_jax._matrices.placement import automatic
-from fusionopt_jax._matrices.view import MatrixView
 from fusionopt_jax._optax import TransformLike, accepting_extra_args, transformation
 from fusionopt_jax._types import Array, Count, Float, Params, Scalar, ScalarOrSchedule
 from fusionopt_jax.iterates import schedule_free_states
@@ -104,13 +101,16 @@ def hyperball(
                 "`hyperball` can't hold a `schedule_free`: the average of points on a "
                 "sphere is not on it. Use one of the two."
             )
-        leaves, treedef = jax.tree.flatten(params)
-        radii = [
-            _radii_of(leaf, view) for leaf, view in zip(leaves, views, strict=True)
-        ]
+        radius = stack_states(
+            params, views, lambda stack: jnp.zeros(stack.count, jnp.float32)
+        )
+        if any(map(is_abstract, jax.tree.leaves(params))):
+            radius = jax.eval_shape(lambda: radius)
+        else:
+            (radius,) = map_leaves(_radius, views, states=[radius], read=[params])
         return HyperballState(
             count=jnp.zeros([], jnp.int32),
-            radius=jax.tree.unflatten(treedef, radii),
+            radius=radius,
             inner_state=inner_state,
         )
 
@@ -136,59 +136,38 @@ def hyperball(
         )
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         gamma = jnp.asarray(rate, jnp.float32)
-        leaves, treedef = jax.tree.flatten(params)
-        steps = [
-            automatic(
-                functools.partial(_step, view=view),
-                weight,
-                direction,
-                radius,
-                gamma,
-                like=weight,
-            )
-            for weight, direction, radius, view in zip(
-                leaves,
-                treedef.flatten_up_to(directions),
-                jax.tree.leaves(state.radius),
-                matrix_views(params, routing, "hyperball"),
-                strict=True,
-            )
-        ]
-        return jax.tree.unflatten(treedef, steps), HyperballState(
+        steps, radius = map_leaves(
+            _step,
+            matrix_views(params, routing, "hyperball"),
+            written=[params],
+            states=[state.radius],
+            read=[directions],
+            scalars=[gamma],
+        )
+        return steps, HyperballState(
             count=jnp.asarray(optax.safe_increment(state.count)),
-            radius=state.radius,
+            radius=radius,
             inner_state=inner_state,
         )
 
     return transformation(init_fn, update_fn)
 
 
-def _radii_of(leaf: Any, view: MatrixView) -> Any:
-    """The norm of each matrix of a leaf, or its shape where the leaf is but a shape."""
-    if is_abstract(leaf):
-        return jax.ShapeDtypeStruct((view.count,), jnp.float32)
-    return automatic(functools.partial(_radii, view=view), leaf, like=PartitionSpec())
-
-
-def _radii(weight: Array, view: MatrixView) -> Float[Array, " b"]:
-    """The norm of each matrix of a leaf."""
-    return frobenius_norm(view.to_stack(weight))[:, 0, 0]
+def _radius(unknown: Array, W: Stack) -> tuple[Float[Array, " b"]]:
+    """The norm of each matrix of a stack."""
+    del unknown
+    return (frobenius_norm(W)[:, 0, 0],)
 
 
 def _step(
-    weight: Array,
-    direction: Array,
-    radius: Float[Array, " b"],
-    gamma: Scalar,
-    view: MatrixView,
-) -> Array:
-    """What one leaf moves by."""
-    W = view.to_stack(weight).astype(jnp.float32)
-    U = view.to_stack(direction).astype(jnp.float32)
+    weight: Stack, radius: Float[Array, " b"], direction: Stack, gamma: Scalar
+) -> tuple[Stack, Float[Array, " b"]]:
+    """What one stack moves by, and its radius."""
+    W, U = weight.astype(jnp.float32), direction.astype(jnp.float32)
     R = radius[:, None, None]
     norm = frobenius_norm(U)
-    moved = W - gamma * R * U / jnp.where(norm > 0, norm, 1)
+    moved = W - gamma * R * (U / jnp.where(norm > 0, norm, 1))
     length = frobenius_norm(moved)
-    on_sphere = R * moved / jnp.where(length > 0, length, 1)
+    on_sphere = R * (moved / jnp.where(length > 0, length, 1))
     result = jnp.where(R > 0, on_sphere, W - gamma * U)
-    return view.from_stack((result - W).astype(weight.dtype))
+    return (result - W).astype(weight.dtype), radius

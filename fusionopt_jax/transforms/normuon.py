@@ -6,16 +6,13 @@ r"""Neuron-wise normalisation of an orthogonalised update, the second half of No
     U_t = \hat O_t\,\|O_t\|_F / \|\hat O_t\|_F .
 """
 
-import functools
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from fusionopt_jax._checks import check_decay_rate, check_non_negative
-from fusionopt_jax._matrices.placement import automatic
-from fusionopt_jax._matrices.view import MatrixView
+from fusionopt_jax._matrices.buckets import Stack, map_leaves, stack_states
 from fusionopt_jax._optax import transformation
 from fusionopt_jax._types import Array, Float, Number, Params
 from fusionopt_jax.routing import Routing, matrix_views
@@ -83,18 +80,21 @@ def normuon(
 
     def init_fn(params: Any) -> NorMuonState:
         views = matrix_views(params, routing, "normuon")
-        moments = [
-            jnp.zeros((view.count, view.matrix_shape[1]), jnp.float32) for view in views
-        ]
-        return NorMuonState(jax.tree.unflatten(jax.tree.structure(params), moments))
+        return NorMuonState(
+            stack_states(
+                params,
+                views,
+                lambda stack: jnp.zeros((stack.count, stack.outputs), jnp.float32),
+            )
+        )
 
     def normalise(
-        update: Array, moment: Float[Array, "b out"], view: MatrixView
-    ) -> tuple[Array, Float[Array, "b out"]]:
-        """One leaf's update and its new second moment."""
-        O = view.to_stack(update)  # noqa: E741
+        O: Stack,  # noqa: E741
+        v: Float[Array, "b out"],
+    ) -> tuple[Stack, Float[Array, "b out"]]:
+        """One stack's update and its new second moment."""
         square = _mean_square(O)
-        v = beta2 * moment + (1 - beta2) * square
+        v = beta2 * v + (1 - beta2) * square
         root = jnp.sqrt(v) + eps
         factor = 1 / jnp.where(root > 0, root, 1)
         if restore_norm:
@@ -103,28 +103,17 @@ def normuon(
             after = jnp.sum(square * factor**2, axis=1, keepdims=True)
             factor *= jnp.sqrt(before / jnp.where(after > 0, after, 1))
         U = O.astype(jnp.float32) * factor[:, None, :]
-        return view.from_stack(U.astype(update.dtype)), v
+        return U.astype(O.dtype), v
 
     def update_fn(
         updates: Any, state: NorMuonState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, NorMuonState]:
         del params, extra_args
-        leaves, treedef = jax.tree.flatten(updates)
-        moments = jax.tree.leaves(state.second_moment)
         views = matrix_views(updates, routing, "normuon")
-        done = [
-            automatic(
-                functools.partial(normalise, view=view),
-                leaf,
-                moment,
-                like=(leaf, moment),
-            )
-            for leaf, moment, view in zip(leaves, moments, views, strict=True)
-        ]
-        return (
-            jax.tree.unflatten(treedef, [update for update, _ in done]),
-            NorMuonState(jax.tree.unflatten(treedef, [moment for _, moment in done])),
+        updates, second_moment = map_leaves(
+            normalise, views, written=[updates], states=[state.second_moment]
         )
+        return updates, NorMuonState(second_moment)
 
     return transformation(init_fn, update_fn)
 

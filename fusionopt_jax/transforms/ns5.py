@@ -21,7 +21,13 @@ from fusionopt_jax._checks import (
     check_integer,
     check_non_negative,
 )
-from fusionopt_jax._matrices.buckets import BUCKETINGS, Bucketing, map_stacks
+from fusionopt_jax._matrices.buckets import (
+    BUCKETINGS,
+    Bucketing,
+    Stack,
+    map_leaves,
+    map_stacks,
+)
 from fusionopt_jax._matrices.newton_schulz import (
     COEFFICIENTS,
     HOT_DTYPES,
@@ -35,7 +41,6 @@ from fusionopt_jax._matrices.newton_schulz import (
     newton_schulz,
     safety_factor,
 )
-from fusionopt_jax._matrices.view import MatrixView
 from fusionopt_jax._optax import transformation
 from fusionopt_jax._types import Array, Count, Number, Scalar
 from fusionopt_jax.routing import Routing, matrix_views
@@ -165,19 +170,17 @@ def ns5(
                 method=method,
                 hot_dtype=dtype,
             )
-            return (_rms_scaled(result) if scale == "rms" else result).astype(
-                stack.dtype
-            )
+            if scale == "rms":
+                result = _rms_scaled(result)
+            return result.astype(stack.dtype)
 
         leaves, treedef = jax.tree.flatten(updates)
         views = matrix_views(updates, routing, "ns5")
         results = map_stacks(orthogonalise, leaves, views, bucketing=bucketing)
+        updates = jax.tree.unflatten(treedef, results)
         if scale == "aspect":
-            results = [
-                result * jnp.asarray(_aspect(view), result.dtype)
-                for result, view in zip(results, views, strict=True)
-            ]
-        return jax.tree.unflatten(treedef, results)
+            (updates,) = map_leaves(_aspect_scaled, views, written=[updates])
+        return updates
 
     def init_fn(params: Any) -> NS5State:
         matrix_views(params, routing, "ns5")
@@ -203,10 +206,11 @@ def ns5(
     return transformation(init_fn, update_fn)
 
 
-def _aspect(view: MatrixView) -> float:
-    """√max(1, out/in)."""
-    inputs, outputs = view.matrix_shape
-    return max(1.0, outputs / inputs) ** 0.5
+def _aspect_scaled(X: Stack) -> tuple[Stack]:
+    """√max(1, out/in) X."""
+    _, inputs, outputs = X.shape
+    factor = max(1.0, outputs / inputs) ** 0.5
+    return (X * jnp.asarray(factor, X.dtype),)
 
 
 def _rms_scaled(X: Array) -> Array:

@@ -7,12 +7,12 @@ r"""A gate on the update by how repeatable the raw gradient is.
     u' = \max(s^p, s_{\min})\,u .
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec
 
 from fusionopt_jax._checks import (
     check_choice,
@@ -21,10 +21,11 @@ from fusionopt_jax._checks import (
     check_positive,
 )
 from fusionopt_jax._leaves import check_leaves, wide_zeros
-from fusionopt_jax._matrices.placement import automatic
+from fusionopt_jax._matrices.buckets import Stack, map_leaves, stack_states
+from fusionopt_jax._matrices.newton_schulz import frobenius_norm
 from fusionopt_jax._matrices.view import MatrixView
 from fusionopt_jax._optax import TransformLike, accepting_extra_args, transformation
-from fusionopt_jax._types import Array, Count, Number, Params, Scalar
+from fusionopt_jax._types import Array, Count, Float, Number, Params, Scalar
 from fusionopt_jax.routing import Routing, matrix_views
 
 Unit: TypeAlias = Literal["neuron", "entry"]
@@ -33,22 +34,23 @@ _UNITS: tuple[Unit, ...] = ("neuron", "entry")
 
 
 class SNRGateState(NamedTuple):
-    """State of `snr_gate`.
+    r"""State of `snr_gate`.
 
     Attributes:
         count: Updates so far.
         gate: Mean gate of the last step over all units, for logging.
         gradient_average: Moving average of the gradients, shaped like the parameters,
             in fp32.
-        second_moment: Moving average of their squares: `(matrices, out)` for each leaf
-            by neuron, shaped like the parameters by entry.
+        size: Root of the moving average of their squares, :math:`\sqrt v`, in fp32:
+            `(matrices, out)` for each leaf by neuron (a tuple of such where chunks are
+            unequal), shaped like the parameters by entry.
         inner_state: State of the wrapped transformation.
     """
 
     count: Count
     gate: Scalar
     gradient_average: Params
-    second_moment: Params
+    size: Params
     inner_state: Any
 
 
@@ -111,29 +113,42 @@ def snr_gate(
     check_choice("unit", unit, _UNITS)
     inner_tx = accepting_extra_args(inner)
 
-    def views_of(tree: Any) -> list[MatrixView | None]:
-        """The matrices of every leaf, or `None` for each where entries are gated."""
-        if unit == "entry":
-            return [None for _ in jax.tree.leaves(tree)]
-        return list(matrix_views(tree, routing, "snr_gate"))
-
     def init_fn(params: Params) -> SNRGateState:
         check_leaves("snr_gate", params)
-        leaves, treedef = jax.tree.flatten(params)
-        moments = [
-            # Like the leaf, since that takes over its sharding too.
-            jnp.zeros_like(leaf, dtype=jnp.float32)
-            if view is None
-            else jnp.zeros((view.count, view.matrix_shape[1]), jnp.float32)
-            for leaf, view in zip(leaves, views_of(params), strict=True)
-        ]
+        # Like the leaves, since that takes over their sharding too.
+        average = wide_zeros(params)
+        if unit == "entry":
+            size = wide_zeros(params)
+        else:
+            size = _per_neuron(params, matrix_views(params, routing, "snr_gate"))
         return SNRGateState(
             count=jnp.zeros([], jnp.int32),
             gate=jnp.ones([], jnp.float32),
-            gradient_average=wide_zeros(params),
-            second_moment=jax.tree.unflatten(treedef, moments),
+            gradient_average=average,
+            size=size,
             inner_state=inner_tx.init(params),
         )
+
+    def next_gate(
+        g: Array, m: Array, root: Array, correction: Scalar
+    ) -> tuple[Array, Array, Array]:
+        """The new averages of one leaf or stack, and its gates."""
+        norm = jnp.abs if unit == "entry" else _neuron_norms
+        g = g.astype(jnp.float32)
+        b = jnp.asarray(decay, jnp.float32)
+        m = b * m + (1 - b) * g
+        # Of v its root, which has the range of the gradients.
+        root = jnp.hypot(jnp.sqrt(b) * root, jnp.sqrt(1 - b) * norm(g))
+        noise = root * jnp.sqrt(correction)
+        s = jnp.where(noise > 0, norm(m) / jnp.where(noise > 0, noise, 1), 0)
+        return m, root, jnp.maximum(jnp.minimum(s, 1.0) ** power, floor)
+
+    def by_neuron(
+        u: Stack, m: Stack, root: Array, gate: Array, g: Stack, correction: Scalar
+    ) -> tuple[Stack, Stack, Array, Array]:
+        """The gated update of a stack, its averages, and the gates."""
+        m, root, gate = next_gate(g, m, root, correction)
+        return _times(u, gate[:, None, :]), m, root, gate
 
     def update_fn(
         updates: Any,
@@ -147,55 +162,52 @@ def snr_gate(
         )
         count = jnp.asarray(optax.safe_increment(state.count))
         correction = 1 - jnp.asarray(decay, jnp.float32) ** count
-        treedef = jax.tree.structure(updates)
-        gated, averages, moments, gates = [], [], [], []
-        for update, gradient, average, moment, view in zip(
-            treedef.flatten_up_to(results),
-            jax.tree.leaves(updates),
-            jax.tree.leaves(state.gradient_average),
-            jax.tree.leaves(state.second_moment),
-            views_of(updates),
-            strict=True,
-        ):
-            g = gradient.astype(jnp.float32)
-            m = decay * average + (1 - decay) * g
-            v = decay * moment + (1 - decay) * _squares(g, view)
-            signal = jnp.sqrt(_squares(m, view))
-            noise = jnp.sqrt(v * correction)
-            ratio = jnp.where(noise > 0, signal / jnp.where(noise > 0, noise, 1), 0)
-            gate = jnp.maximum(jnp.minimum(ratio, 1.0) ** power, floor)
-            gated.append(_gated(update, gate, view))
-            averages.append(m)
-            moments.append(v)
-            gates.append(gate)
-        units = max(sum(gate.size for gate in gates), 1)
-        total = sum((jnp.sum(gate) for gate in gates), start=jnp.zeros([], jnp.float32))
-        return jax.tree.unflatten(treedef, gated), SNRGateState(
+        if unit == "entry":
+            treedef = jax.tree.structure(updates)
+            trees = (updates, state.gradient_average, state.size)
+            done = [
+                next_gate(*leaf, correction)
+                for leaf in zip(*map(treedef.flatten_up_to, trees), strict=True)
+            ]
+            average, size, gates = (
+                treedef.unflatten([leaf[i] for leaf in done]) for i in range(3)
+            )
+            results = jax.tree.map(_times, results, gates)
+        else:
+            views = matrix_views(updates, routing, "snr_gate")
+            results, average, size, gates = map_leaves(
+                by_neuron,
+                views,
+                written=[results, state.gradient_average],
+                states=[state.size, _per_neuron(updates, views)],
+                read=[updates],
+                scalars=[correction],
+            )
+        units = max(sum(gate.size for gate in jax.tree.leaves(gates)), 1)
+        total = sum(map(jnp.sum, jax.tree.leaves(gates)), start=jnp.float32(0))
+        return results, SNRGateState(
             count=count,
             gate=total / units,
-            gradient_average=jax.tree.unflatten(treedef, averages),
-            second_moment=jax.tree.unflatten(treedef, moments),
+            gradient_average=average,
+            size=size,
             inner_state=inner_state,
         )
 
     return transformation(init_fn, update_fn)
 
 
-def _squares(x: Array, view: MatrixView | None) -> Array:
-    """Squares of the entries, summed over each neuron's inputs where there are some."""
-    if view is None:
-        return x * x
-    sums = lambda x: jnp.sum(jnp.square(view.to_stack(x)), axis=1)  # noqa: E731
-    return automatic(sums, x, like=PartitionSpec())
+def _per_neuron(tree: Any, views: Sequence[MatrixView]) -> Any:
+    """Zeros for every output neuron of every leaf."""
+    return stack_states(
+        tree, views, lambda stack: jnp.zeros((stack.count, stack.outputs), jnp.float32)
+    )
 
 
-def _gated(update: Array, gate: Array, view: MatrixView | None) -> Array:
+def _neuron_norms(stack: Stack) -> Float[Array, "b out"]:
+    """The norm of each output neuron's inputs."""
+    return frobenius_norm(stack, axis=1)[:, 0, :]
+
+
+def _times(update: Array, gate: Array) -> Array:
     """An update times its gate, in its dtype."""
-    if view is None:
-        return (update.astype(jnp.float32) * gate).astype(update.dtype)
-
-    def gated(update: Array, gate: Array) -> Array:
-        stack = view.to_stack(update).astype(jnp.float32) * gate[:, None, :]
-        return view.from_stack(stack).astype(update.dtype)
-
-    return automatic(gated, update, gate, like=update)
+    return (update.astype(jnp.float32) * gate).astype(update.dtype)

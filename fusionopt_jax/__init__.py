@@ -9,7 +9,7 @@ from fusionopt_jax.recipes import (
     warm_start,
     warm_start_report,
 )
-from fusionopt_jax.routing import MatrixAxes, Routing, Rule
+from fusionopt_jax.routing import MatrixAxes, Routing, Rule, attention_rules
 from fusionopt_jax.transforms.cautious import cautious
 from fusionopt_jax.transforms.cautious_weight_decay import (
     add_cautious_decayed_weights,
@@ -32,6 +32,7 @@ __all__ = [
     "Rule",
     "accumulate",
     "add_cautious_decayed_weights",
+    "attention_rules",
     "cautious",
     "diagnostics",
     "eval_params",

@@ -7,14 +7,15 @@ callable for a schedule). Every transformation that works on matrices reads its 
 from one, so all of them see the same matrices.
 
 A leaf's label is decided in this order: `force_scalar`; the first rule that matches its
-path; the default, by which a leaf of exactly one input and one output axis, both of at
-least `min_dim`, is `"spectral"` and everything else `"scalar"`.
+path; the usual names of embeddings, which are `"scalar"`; the default, by which a leaf
+of exactly one input and one output axis, both of at least `min_dim`, is `"spectral"`
+and everything else `"scalar"`.
 """
 
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, TypeAlias
 
 import jax
 
@@ -22,142 +23,36 @@ from fusionopt_jax import _routes
 from fusionopt_jax._checks import (
     check_choice,
     check_integer,
-    check_positive,
-    is_concrete_number,
     shape_text,
 )
+from fusionopt_jax._embeddings import is_embedding_like
 from fusionopt_jax._leaves import check_arrays, check_leaves
 from fusionopt_jax._matrices.view import MatrixView
 from fusionopt_jax._paths import path_name
 from fusionopt_jax._routes import Route
+from fusionopt_jax._rules import (
+    SCALAR,
+    SPECTRAL,
+    Axes,
+    MatrixAxes,
+    Rule,
+    attention_rules,
+    check_pattern,
+)
 from fusionopt_jax._types import KeyPath, Leaf, Params
 
-Axes: TypeAlias = int | Sequence[int]
+__all__ = [
+    "SCALAR",
+    "SPECTRAL",
+    "MatrixAxes",
+    "Route",
+    "Routing",
+    "Rule",
+    "attention_rules",
+    "matrix_views",
+]
+
 Layout: TypeAlias = Literal["in_out", "out_in"]
-
-SPECTRAL = "spectral"
-SCALAR = "scalar"
-
-_EMBEDDING = re.compile(r"(^|_)(embed|embedding|embeddings|embeds|wte|wpe)(_table)?$")
-
-
-@runtime_checkable
-class DimensionNumbers(Protocol):
-    """What `optax.contrib.MuonDimensionNumbers` offers."""
-
-    @property
-    def reduction_axis(self) -> Any:
-        """The input axis or axes."""
-        ...
-
-    @property
-    def output_axis(self) -> Any:
-        """The output axis or axes."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class MatrixAxes:
-    """Which axes of a leaf make its matrices, and how a fused one is split.
-
-    Axes in neither place count matrices. Where a leaf lies under a `stacked` prefix,
-    its leading axis is left out of the counting.
-
-    Args:
-        reduction_axis: The input axis or axes, which a matrix sums over; `None` takes
-            the layout's (the second to last of `"in_out"`, the last of `"out_in"`).
-        output_axis: The output axis or axes; `None` takes the layout's other one.
-        chunks: How many weights are fused into one: 3 for qkv, 6 for adaLN, 2 for
-            gate/up. Each chunk is a matrix of its own.
-        chunk_axis: The side they are fused along: `"output"`, or `"input"`, as for the
-            output projection of an attention split by heads.
-
-    Raises:
-        ValueError: If `chunks` is below 1 or only one of the two axes is given.
-
-    Example:
-        >>> MatrixAxes(chunks=3)
-        MatrixAxes(chunks=3)
-        >>> conv = MatrixAxes(reduction_axis=(0, 1, 2), output_axis=3)
-    """
-
-    reduction_axis: Axes | None = None
-    output_axis: Axes | None = None
-    chunks: int = 1
-    chunk_axis: Literal["input", "output"] = "output"
-
-    def __post_init__(self) -> None:
-        check_integer("chunks", self.chunks, low=1)
-        check_choice("chunk_axis", self.chunk_axis, ("input", "output"))
-        if (self.reduction_axis is None) != (self.output_axis is None):
-            raise ValueError(
-                "`reduction_axis` and `output_axis` go together: give both, or neither "
-                "to take the routing's layout."
-            )
-        # Lists would make the routing unhashable.
-        for name in ("reduction_axis", "output_axis"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, int):
-                object.__setattr__(self, name, tuple(value))
-
-    def __repr__(self) -> str:
-        return f"MatrixAxes({', '.join(_settings(self))})"
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """What happens to the leaves whose path a regular expression finds.
-
-    Args:
-        pattern: Searched for (`re.search`) in the slash-joined path, such as
-            `"blocks/attn/qkv/kernel"`; anchor it with `^` and `$` where needed.
-        label: `"spectral"`, `"scalar"`, the name of a group of your own, or `None` to
-            let the size of the matrices decide.
-        axes: A `MatrixAxes`, or an `optax.contrib.MuonDimensionNumbers`.
-        chunks: Short for `MatrixAxes(chunks=...)`; overrides the one in `axes`.
-        scale: Factor on the learning rate of the leaves it finds, a positive number;
-            `Routing.scales` gives it to whoever applies the rate.
-
-    Raises:
-        ValueError: If the pattern is no regular expression, or `scale` is not positive.
-        TypeError: If `axes` is none of the two kinds, or `scale` is no plain number.
-
-    Example:
-        >>> Rule("attn/qkv/kernel", chunks=3)
-        Rule('attn/qkv/kernel', axes=MatrixAxes(chunks=3))
-        >>> Rule("^head/", scale=0.1)
-        Rule('^head/', scale=0.1)
-    """
-
-    pattern: str
-    label: str | None = None
-    axes: MatrixAxes | DimensionNumbers | None = None
-    chunks: dataclasses.InitVar[int | None] = None
-    scale: float | int = 1.0
-
-    def __post_init__(self, chunks: int | None) -> None:
-        _compile("pattern", self.pattern)
-        if not is_concrete_number(self.scale):
-            raise TypeError(
-                f"`scale` must be a plain number, got {self.scale!r} of type "
-                f"{type(self.scale).__name__}; a factor that changes belongs in a "
-                "schedule."
-            )
-        check_positive("scale", self.scale)
-        axes = self.axes
-        if axes is not None and not isinstance(axes, MatrixAxes):
-            if not isinstance(axes, DimensionNumbers):
-                raise TypeError(
-                    "`axes` must be a MatrixAxes or a "
-                    f"optax.contrib.MuonDimensionNumbers, got {axes!r}."
-                )
-            axes = MatrixAxes(axes.reduction_axis, axes.output_axis)
-        if chunks is not None:
-            axes = dataclasses.replace(axes or MatrixAxes(), chunks=chunks)
-        object.__setattr__(self, "axes", axes)
-
-    def __repr__(self) -> str:
-        return f"Rule({', '.join([repr(self.pattern), *_settings(self, 'pattern')])})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +110,7 @@ class Routing:
             if not isinstance(rule, Rule):
                 raise TypeError(f"`rules` must hold Rule objects, got {rule!r}.")
         for pattern in self.force_scalar:
-            _compile("force_scalar", pattern)
+            check_pattern("force_scalar", pattern)
         object.__setattr__(
             self, "stacked", tuple(prefix.strip("/") for prefix in self.stacked)
         )
@@ -323,8 +218,11 @@ class Routing:
         if view is None:
             unexplained = rank > 2
             return SCALAR, f"rank {rank}, no rule" if unexplained else f"{rank}-D"
-        if rule is None and _is_embedding(name):
-            return SCALAR, "embedding"
+        # A rule that only scales the rate says nothing of what the leaf is.
+        if rule is not None and rule.axes is None and rule.scale != 1:
+            rule = None
+        if rule is None and is_embedding_like(name):
+            return SCALAR, "embedding-like name"
         if min(view.matrix_shape) < self.min_dim:
             return SCALAR, f"a side is below {self.min_dim}"
         by = f"rule {rule.pattern!r}" if rule else f"both sides >= {self.min_dim}"
@@ -444,35 +342,9 @@ def _absolute(
     return tuple(axis % rank + offset for axis in listed)
 
 
-def _is_embedding(name: str) -> bool:
-    """Whether a leaf, or the layer whose only matrix it is, is named an embedding."""
-    parts = name.split("/")
-    layer = parts[-2:-1] if parts[-1] == "weight" else parts[-1:]
-    return any(_EMBEDDING.search(part.lower()) for part in layer)
-
-
-def _settings(made: Any, *without: str) -> list[str]:
-    """The settings of a dataclass that are not its defaults, as a call spells them."""
-    return [
-        f"{field.name}={getattr(made, field.name)!r}"
-        for field in dataclasses.fields(made)
-        if field.name not in without and getattr(made, field.name) != field.default
-    ]
-
-
 def _finds(pattern: str, name: str) -> bool:
     return re.search(pattern, name) is not None
 
 
 def _below(prefix: str, name: str) -> bool:
     return name == prefix or name.startswith(prefix + "/")
-
-
-def _compile(argument: str, pattern: str) -> None:
-    """Require a regular expression."""
-    try:
-        re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise ValueError(
-            f"`{argument}` {pattern!r} is no regular expression: {error}."
-        ) from error

@@ -3,6 +3,7 @@
 import dataclasses
 
 import equinox as eqx
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -10,6 +11,7 @@ import pytest
 from flax import nnx
 
 import fusionopt_jax as fo
+from fusionopt_jax import _embeddings
 from tests import _cases
 
 
@@ -86,7 +88,7 @@ def test_reasons_are_those_of_the_decision():
         "blocks/qkv/kernel": "force_scalar 'qkv/kernel'",
         "blocks/qkv/bias": "1-D",
         "blocks/norm/scale": "1-D",
-        "embedding": "embedding",
+        "embedding": "embedding-like name",
         "patch/kernel": "rank 4, no rule",
         "head/kernel": "rule 'head/kernel'",
         "head/bias": "1-D",
@@ -190,20 +192,148 @@ def test_a_rule_that_sends_an_unexplained_kernel_to_the_matrices_is_an_error():
         "token_embedding",
         "y_embedder/embedding_table",
         "wte/weight",
+        "wpe/embedding",
         "Embed_0/embedding",
+        "emb/weight",
+        "token_emb/weight",
+        "pos_emb",
+        "pos_embed",
+        "encoder/posembed_input/pos_embedding",
+        "positional_encoding",
+        "cls_token",
+        "register_tokens",
+        "rel_bias_table",
+        "relative_position_bias_table",
+        "relative_attention_bias/embedding",
+        "relpos_bias/rel_bias",
+        "codebook",
+        "lm_head/kernel",
+        "lm_head/weight",
+        "LM_Head",
+        "unembed",
+        "unembed/kernel",
+        "embed_out/kernel",
+        "output_embedding/kernel",
+        "decoder/logits_dense/kernel",
     ],
 )
 def test_embeddings_are_scalar(path):
     params = shapes({path: (1000, 256)})
     assert label_of(fo.Routing(), params) == {path: "scalar"}
+    assert reason_of(fo.Routing(), params) == {path: "embedding-like name"}
+    assert "embedding-like name" in fo.Routing().table(params)
+    # Another rate says nothing of what it is.
+    scaled = fo.Routing([fo.Rule(".", scale=0.1)])
+    assert label_of(scaled, params) == {path: "scalar"}
     # Unless a rule says otherwise.
     routing = fo.Routing([fo.Rule(".", "spectral")])
     assert label_of(routing, params) == {path: "spectral"}
 
 
-@pytest.mark.parametrize("path", ["x_embedder/proj/kernel", "embedding/kernel", "head"])
+def test_every_name_of_an_embedding_is_tested_as_one():
+    for name in (*_embeddings.TABLES, *_embeddings.HEADS):
+        for path in (name, f"layer/{name}/weight", f"layer/my_{name}"):
+            assert label_of(fo.Routing(), shapes({path: (256, 256)})) == {
+                path: "scalar"
+            }
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "x_embedder/proj/kernel",
+        "embedding/kernel",
+        "head",
+        "head/kernel",
+        "token_mixing/kernel",
+        "member/weight",
+        "tokenizer/kernel",
+    ],
+)
 def test_projections_beside_embeddings_are_matrices(path):
     assert label_of(fo.Routing(), shapes({path: (256, 256)})) == {path: "spectral"}
+
+
+def linen_attention():
+    """The parameters of Linen's attention: four kernels and four biases."""
+    layer = nn.MultiHeadDotProductAttention(num_heads=4, qkv_features=128)
+    x = jnp.ones((1, 2, 96))
+    return jax.eval_shape(layer.init, jax.random.key(0), x, x)["params"]
+
+
+def nnx_attention():
+    """The same of NNX's."""
+    layer = nnx.eval_shape(
+        lambda: nnx.MultiHeadAttention(
+            4, 96, qkv_features=128, decode=False, rngs=nnx.Rngs(0)
+        )
+    )
+    return nnx.state(layer, nnx.Param)
+
+
+@pytest.mark.parametrize("library", [linen_attention, nnx_attention])
+@pytest.mark.parametrize("stacked", [False, True], ids=["single", "stacked"])
+def test_the_attention_kernels_of_flax_have_a_ready_rule(library, stacked):
+    params = {"body": {"attn": library(), "out": jnp.ones((128, 128))}}
+    if stacked:
+        params = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((3, *leaf.shape), leaf.dtype), params
+        )
+    settings = {"min_dim": 96, "stacked": ["body"] if stacked else []}
+    layers = 3 if stacked else 1
+    kernels = {f"body/attn/{name}/kernel" for name in ("query", "key", "value", "out")}
+    labels = label_of(fo.Routing(**settings), params)
+    assert {labels[path] for path in kernels} == {"scalar"}
+
+    whole = fo.Routing(fo.attention_rules(), **settings)
+    labels = label_of(whole, params)
+    spectral = {path for path, label in labels.items() if label == "spectral"}
+    assert spectral == kernels | {"body/out"}
+    matrices = matrices_of(whole, params)
+    assert matrices["body/attn/query/kernel"] == (layers, 96, 128)
+    assert matrices["body/attn/out/kernel"] == (layers, 128, 96)
+
+    heads = fo.Routing(fo.attention_rules("attn", per_head=True), **settings)
+    matrices = matrices_of(heads, params)
+    assert label_of(heads, params) == labels
+    assert matrices["body/attn/query/kernel"] == (layers * 4, 96, 32)
+    assert matrices["body/attn/out/kernel"] == (layers * 4, 32, 96)
+
+
+def test_the_matrices_of_a_head_are_those_that_flax_multiplies_by(rng):
+    # A head's part of a projection is x @ kernel[:, head]; of the output,
+    # values[head] @ kernel[head].
+    params = {
+        "query": {"kernel": jnp.asarray(rng.normal(size=(6, 2, 4)), jnp.float32)},
+        "out": {"kernel": jnp.asarray(rng.normal(size=(2, 4, 6)), jnp.float32)},
+    }
+    routes = fo.Routing(fo.attention_rules(per_head=True)).routes(params)
+    stacks = {
+        route.path: route.view.to_stack(leaf)
+        for route, leaf in zip(routes, jax.tree.leaves(params), strict=True)
+    }
+    for head in range(2):
+        query = params["query"]["kernel"][:, head]
+        assert jnp.array_equal(stacks["query/kernel"][head], query)
+        out = params["out"]["kernel"][head]
+        assert jnp.array_equal(stacks["out/kernel"][head], out)
+
+
+def test_attention_rules_can_be_kept_to_some_layers():
+    kernel = {"kernel": (128, 2, 64)}
+    out = {"kernel": (2, 64, 128)}
+    layer = {"query": kernel, "key": kernel, "value": kernel, "out": out}
+    params = shapes({"encoder": layer, "decoder": layer})
+    labels = label_of(fo.Routing(fo.attention_rules("^decoder")), params)
+    spectral = {path for path, label in labels.items() if label == "spectral"}
+    assert spectral == {f"decoder/{name}/kernel" for name in layer}
+    with pytest.raises(ValueError, match="`within`"):
+        fo.attention_rules("(")
+    # Another layer of that name is told, and the argument is the remedy.
+    params = shapes({"attn": layer, "out": {"kernel": (128, 128)}})
+    with pytest.raises(ValueError, match=r"'out/kernel'"):
+        fo.Routing(fo.attention_rules()).labels(params)
+    fo.Routing(fo.attention_rules("^attn")).labels(params)
 
 
 def test_the_first_rule_that_matches_decides():

@@ -16,9 +16,6 @@ Count: TypeAlias = Int[Array, ""]
 Params: TypeAlias = PyTree[Any]
 """A tree of parameter arrays; the holes of a masked tree are not leaves of it."""
 
-Updates: TypeAlias = PyTree[Any]
-"""A tree of arrays shaped like the parameters."""
-
 Matrices: TypeAlias = Float[Array, "*batch m n"]
 """A stack of matrices over its last two axes."""
 
@@ -48,5 +45,4 @@ __all__ = [
     "Scalar",
     "ScalarOrSchedule",
     "Shaped",
-    "Updates",
 ]

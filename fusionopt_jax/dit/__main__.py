@@ -6,10 +6,10 @@ python -m fusionopt_jax.dit inspect --weights model.pt
 """
 
 import argparse
+import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,8 @@ from fusionopt_jax.dit.config import CONFIGS, DiTConfig
 from fusionopt_jax.dit.network.model import init_params
 from fusionopt_jax.dit.pictures import check_target, save_images
 from fusionopt_jax.dit.routing import ROUTING
+from fusionopt_jax.dit.sampling import METHODS, Sampler
 from fusionopt_jax.dit.sampling.sample import sample
-from fusionopt_jax.dit.sampling.sampler import Sampler
 from fusionopt_jax.dit.weights.pytorch import from_pytorch
 
 _DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
@@ -70,16 +70,27 @@ def _parser() -> argparse.ArgumentParser:
     add = sampling.add_argument
     add("--labels", required=True, help="comma-separated classes, such as 207,360")
     add("--count", type=int, default=1, help="images per label (default: 1)")
+    names = [method.method for method in METHODS]
     add(
         "--sampler",
-        choices=("ddim", "ddpm", "dpm", "euler", "heun"),
+        type=lambda text: next((name for name in names if name.startswith(text)), text),
+        choices=names,
         default="ddim",
-        help="euler and heun are for flow models (default: ddim)",
+        help=f"{', '.join(names)}, or how one of them begins; euler and heun are for "
+        "flow models (default: ddim)",
+        metavar="METHOD",
     )
     add("--steps", default="50", help="number, or a respacing such as ddim50")
-    add("--shift", type=float, default=1.0, help="time shift of euler and heun")
-    add("--eta", type=float, default=0.0, help="randomness of ddim, in [0, 1]")
-    add("--clip", action="store_true", help="cut predictions to [-1, 1]; for pixels")
+    # Settings of some methods only: what is not given keeps the method's default.
+    add("--shift", type=float, help="time shift of euler and heun")
+    add("--eta", type=float, help="randomness of ddim, in [0, 1]")
+    add("--spacing", help="grid of dpm_solver_pp_2m: time or logsnr")
+    add(
+        "--clip",
+        action="store_true",
+        default=None,
+        help="cut predictions to [-1, 1]; for pixels",
+    )
     add("--cfg", type=float, default=4.0, help="guidance scale; 1 is none (default: 4)")
     add(
         "--cfg-channels",
@@ -132,8 +143,8 @@ def _sample(options: argparse.Namespace) -> None:
     params, config = from_pytorch(
         options.weights, options.num_heads, entry=options.entry
     )
-    if options.sampler == "ddpm" and not config.learn_sigma:
-        sampler = Sampler.ddpm(options.steps, "fixed_small", options.clip)
+    if sampler.reads_variance and not config.learn_sigma:
+        sampler = dataclasses.replace(sampler, variance="fixed_small")
     cache = None
     if _wants_cache(options.cache, config, len(sampler.host_times()), labels):
         # The size was judged, or overruled, just before.
@@ -266,20 +277,25 @@ def _labels(text: str) -> np.ndarray:
 
 def _sampler(options: argparse.Namespace) -> Sampler:
     """The sampler that the options ask for."""
-    if options.sampler == "ddim":
-        return Sampler.ddim(options.steps, options.eta, options.clip)
-    if options.sampler == "ddpm":
-        return Sampler.ddpm(options.steps, clip=options.clip)
+    make = getattr(Sampler, options.sampler)
+    known = {field.name for field in dataclasses.fields(make) if field.init}
+    settings = {
+        name: value
+        for name in ("shift", "eta", "spacing", "clip")
+        if (value := getattr(options, name)) is not None
+    }
+    for name in settings.keys() - known:
+        raise ValueError(
+            f"`--{name}` has no effect on {options.sampler}; leave it out."
+        )
+    if "respacing" in known:
+        return make(respacing=options.steps, **settings)
     if not options.steps.isdecimal():
         raise ValueError(
             f"`--steps` must be a whole number for {options.sampler}, got "
             f"{options.steps!r}."
         )
-    steps = int(options.steps)
-    if options.sampler == "dpm":
-        return Sampler.dpm_solver_pp_2m(steps, clip=options.clip)
-    make: Any = getattr(Sampler, options.sampler)
-    return make(steps, options.shift)
+    return make(steps=int(options.steps), **settings)
 
 
 def _show_progress(step: int, total: int) -> None:

@@ -13,7 +13,8 @@ from fusionopt_jax import _checks
 from fusionopt_jax._types import Params
 from fusionopt_jax.dit.config import DiTConfig
 from fusionopt_jax.dit.network.model import apply, check_labels
-from fusionopt_jax.dit.sampling import coefficients, schedules
+from fusionopt_jax.dit.sampling import ddpm, schedules
+from fusionopt_jax.dit.sampling.flow import FLOW_TIME_SCALE
 
 TimeDistribution: TypeAlias = Literal["logit_normal", "uniform"]
 """How training draws a flow's time."""
@@ -98,7 +99,7 @@ def rectified_flow_loss(
         params,
         config,
         noisy,
-        time * schedules.FLOW_TIME_SCALE,
+        time * FLOW_TIME_SCALE,
         labels,
         dtype=dtype,
         remat=remat,
@@ -217,10 +218,10 @@ def bound_term(
         Ho et al. 2020, equations 5 and 13; Nichol & Dhariwal 2021, equation 15.
     """
     every_time = np.arange(schedules.TRAINING_STEPS)
-    table = coefficients.ancestral_coefficients(every_time, "learned_range")
+    table = ddpm.coefficients(every_time, "learned_range")
     # The table is in the order of sampling, from the last time to the first.
     at = jax.tree.map(lambda values: _per_image(values[::-1], index), table)
-    guess = at.image * noisy - at.noise * predicted_noise
+    guess = (noisy - at.sigma * predicted_noise) / at.alpha
     mean = at.mean_clean * guess + at.mean_image * noisy
     share = (logits + 1.0) / 2.0
     log_variance = share * at.log_variance_high + (1.0 - share) * at.log_variance_low

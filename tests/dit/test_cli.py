@@ -146,6 +146,10 @@ def test_inspect_knows_the_published_sizes(capsys):
              "--steps", "ddim5"],
             "whole number",
         ),
+        (
+            ["sample", "--labels", "3", "--out", "a.npy", "--shift", "2"],
+            "`--shift` has no effect on ddim",
+        ),
         (["inspect", "--model", "DiT-XL/2"], "either"),
     ],
 )  # fmt: skip

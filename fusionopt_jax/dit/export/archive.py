@@ -184,7 +184,7 @@ def _read_members(stream: BinaryIO) -> dict[str, bytes]:
             if member.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"{member.filename} is compressed")
         lines = file.read(DIGESTS).decode().splitlines()
-        digests = dict(reversed(line.split("  ", 1)) for line in lines)
+        digests = {line[66:]: line[:64] for line in lines}
         if sorted([*digests, DIGESTS]) != sorted(file.namelist()):
             raise ValueError(f"its members are not those that {DIGESTS} lists")
         members = {name: file.read(name) for name in digests}

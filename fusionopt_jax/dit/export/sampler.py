@@ -25,7 +25,10 @@ from fusionopt_jax.dit.cache.use import check_cache
 from fusionopt_jax.dit.config import DiTConfig
 from fusionopt_jax.dit.export.archive import read_archive, write_archive
 from fusionopt_jax.dit.network.model import as_dict
-from fusionopt_jax.dit.sampling.sample import GuidedChannels, check_sampler, walk
+from fusionopt_jax.dit.sampling.denoiser import cached_tables, denoiser
+from fusionopt_jax.dit.sampling.guidance import Guidance, GuidedChannels
+from fusionopt_jax.dit.sampling.loop import run_sampler
+from fusionopt_jax.dit.sampling.sample import check_variance
 from fusionopt_jax.dit.sampling.sampler import Sampler
 
 
@@ -142,7 +145,7 @@ def export_sampler(
         >>> import pathlib, tempfile
         >>> from fusionopt_jax import dit
         >>> config = dit.DiTConfig(input_size=4, hidden_size=32, depth=1, num_heads=2)
-        >>> params, sampler = dit.init_params(config), Sampler.euler(steps=2)
+        >>> params, sampler = dit.init_params(config), dit.Sampler.euler(steps=2)
         >>> cache = dit.build_cache(params, config, sampler.eval_times(), [207])
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = pathlib.Path(folder) / "sampler.zip"
@@ -154,7 +157,8 @@ def export_sampler(
     _checks.check_choice("guided", guided, (True, False))
     if batch_size is not None:
         _checks.check_integer("batch_size", batch_size, low=1)
-    interval = check_sampler(config, sampler, cfg_channels, guidance_interval)
+    check_variance(config, sampler)
+    guidance = Guidance(cfg_channels, guidance_interval)
     null = [config.null_label] if guided else None
     check_cache(cache, params, config, times=sampler.host_times(), labels=null)
     named, rebuild = _arrays_of(as_dict(params), cache)
@@ -169,19 +173,18 @@ def export_sampler(
         """All of sampling, as a function of arrays."""
         weights, table = rebuild(arrays)
         key = None if key_data is None else jax.random.wrap_key_data(key_data)
-        return walk(
+        denoise = denoiser(
             weights,
+            config,
             table,
-            noise,
             labels,
             cfg_scale,
-            key,
-            config=config,
-            sampler=sampler,
-            guided=guided,
-            cfg_channels=cfg_channels,
-            interval=interval,
-            dtype=jnp.dtype(dtype),
+            guidance=guidance if guided else None,
+            dtype=dtype,
+        )
+        conditions = cached_tables(table, sampler)
+        return run_sampler(
+            sampler, denoise, noise, conditions=conditions, key=key
         ).images
 
     image_shape = (config.input_size, config.input_size, config.in_channels)
@@ -207,7 +210,7 @@ def export_sampler(
         "guided": guided,
         "needs_key": sampler.is_random,
         "model_times": sampler.host_times().tolist(),
-        "sampler": dataclasses.asdict(sampler),
+        "sampler": {"method": sampler.method, **dataclasses.asdict(sampler)},
         "config": dataclasses.asdict(config),
     }
     write_archive(path, signature, exported, named)

@@ -1,38 +1,115 @@
-"""Classifier-free guidance of two predictions, and as one call of the network."""
+r"""Classifier-free guidance: pairs of predictions, pushed apart.
 
-from typing import Any
+.. math::
+    \tilde f(x, y) = f(x, \varnothing) + s\,(f(x, y) - f(x, \varnothing))
+
+Both predictions of an image come from one call of the network. They lie side by side in
+its batch, not in two halves: on a batch that is sharded, both are then on one device.
+
+Sources:
+    Ho & Salimans 2022, "Classifier-Free Diffusion Guidance" (arXiv 2207.12598),
+    equation 6 with s = 1 + w; Kynkäänniemi et al. 2024, "Applying Guidance in a Limited
+    Interval", for the interval.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from fusionopt_jax import _checks
 from fusionopt_jax._types import Params
 from fusionopt_jax.dit.config import DiTConfig
 from fusionopt_jax.dit.network.model import apply
 
+GuidedChannels: TypeAlias = Literal[3] | None
+"""Guide every channel, or the first three as the published code does."""
 
-def guide(
-    conditional: Float[Array, "batch height width outputs"],
-    unconditional: Float[Array, "batch height width outputs"],
-    cfg_scale: float | Float[Array, "..."],
-    channels: int,
-) -> Float[Array, "batch height width outputs"]:
-    """Classifier-free guidance of the first channels; the others stay conditional.
 
-    Args:
-        conditional: Prediction given the label.
-        unconditional: Prediction given the null label.
-        cfg_scale: Scalar, or one scale per image.
-        channels: How many channels are guided.
+@dataclasses.dataclass(frozen=True)
+class Guidance:
+    """What is guided, and when; static under `jax.jit`, unlike the scale.
 
-    Returns:
-        The guided prediction; variance logits are those of the label.
+    Attributes:
+        channels: How many channels are guided; None for all of the image's.
+        interval: Guide only where the model time over 1000 lies in this closed interval
+            of [0, 1]; None for everywhere.
+
+    Raises:
+        ValueError: If a setting is out of range.
 
     Example:
-        >>> ones = jnp.ones((1, 1, 1, 2))
-        >>> guide(ones, 0 * ones, 4.0, channels=1)[0, 0, 0].tolist()
-        [4.0, 1.0]
+        >>> Guidance(interval=(0.2, 0.9)).channels
     """
-    scale = jnp.asarray(cfg_scale, conditional.dtype).reshape(-1, 1, 1, 1)
+
+    channels: GuidedChannels = None
+    interval: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        _checks.check_choice("cfg_channels", self.channels, (None, 3))
+        if self.interval is None:
+            return
+        if len(self.interval) != 2:
+            raise ValueError(
+                "`guidance_interval` must be a pair (low, high), got "
+                f"{self.interval!r}."
+            )
+        low, high = self.interval
+        _checks.check_number("guidance_interval[0]", low, low=0.0, high=1.0)
+        _checks.check_number("guidance_interval[1]", high, low=float(low), high=1.0)
+        object.__setattr__(self, "interval", (float(low), float(high)))
+
+
+def paired(labels: Int[Array, " batch"], null_label: int) -> Int[Array, " pairs"]:
+    """Each label with the null label beside it.
+
+    Args:
+        labels: [batch] integers.
+        null_label: The label that stands for none.
+
+    Returns:
+        [2 batch]: label, null label, label, null label, ...
+
+    Example:
+        >>> paired(jnp.array([3, 7]), 10).tolist()
+        [3, 10, 7, 10]
+    """
+    return jnp.stack([labels, jnp.full_like(labels, null_label)], axis=1).reshape(-1)
+
+
+def guide(
+    network: Callable[[Array], Array],
+    images: Float[Array, "batch height width channels"],
+    scale: float | Float[Array, "..."],
+    channels: int,
+) -> Float[Array, "batch height width outputs"]:
+    """The guided prediction of a network that is called with pairs.
+
+    Args:
+        network: From images, [2 batch, height, width, channels], each of them twice, to
+            predictions: the first of each pair given the label, the second given the
+            null label, as `paired` lists them.
+        images: [batch, height, width, channels].
+        scale: Scalar, or one scale per image.
+        channels: How many channels are guided; the others, variance logits among them,
+            are those of the label.
+
+    Returns:
+        The guided prediction.
+
+    Example:
+        >>> conditional = jnp.array([1.0, 0.0]).reshape(2, 1, 1, 1)
+        >>> images = jnp.ones((1, 1, 1, 2))
+        >>> guide(lambda both: conditional * both, images, 4.0, channels=1).tolist()
+        [[[[4.0, 1.0]]]]
+    """
+    output = network(jnp.repeat(images, 2, axis=0))
+    output = output.reshape(images.shape[0], 2, *output.shape[1:])
+    conditional, unconditional = output[:, 0], output[:, 1]
+    scale = jnp.asarray(scale, output.dtype).reshape(-1, 1, 1, 1)
     base = unconditional[..., :channels]
     guided = base + scale * (conditional[..., :channels] - base)
     return jnp.concatenate([guided, conditional[..., channels:]], axis=-1)
@@ -52,7 +129,7 @@ def apply_with_guidance(
     r"""Evaluate the network with and without the labels, and push the two apart.
 
     The first `channels` channels become
-    :math:`f(\emptyset) + s\,(f(y) - f(\emptyset))`, with s in `scale` and y in
+    :math:`f(\varnothing) + s\,(f(y) - f(\varnothing))`, with s in `scale` and y in
     `labels`; the others are those of f(y).
 
     Args:
@@ -65,7 +142,8 @@ def apply_with_guidance(
         channels: How many channels are guided. None guides every channel of the image
             and leaves the variance; 3 is what the published model does, unintended by
             its author but behind its published figures.
-        options: Handed to :func:`~fusionopt_jax.dit.apply`.
+        options: Handed to :func:`~fusionopt_jax.dit.apply`. A `modulation` among them
+            is that of twice as many images: label and null label side by side.
 
     Returns:
         `[batch, input_size, input_size, config.out_channels]`.
@@ -81,19 +159,17 @@ def apply_with_guidance(
         >>> apply_with_guidance(params, config, images, time, label, 4.0).shape
         (1, 8, 8, 8)
 
-    Source: Ho and Salimans, "Classifier-Free Diffusion Guidance" (arXiv 2207.12598),
-    equation 6 with s = 1 + w.
+    Source:
+        Ho and Salimans, "Classifier-Free Diffusion Guidance" (arXiv 2207.12598),
+        equation 6 with s = 1 + w.
     """
     images, times, labels = (jnp.asarray(part) for part in (images, times, labels))
-    null = jnp.full_like(labels, config.null_label)
-    both = apply(
-        params,
-        config,
-        jnp.concatenate([images, images]),
-        jnp.concatenate([times, times]),
-        jnp.concatenate([labels, null]),
-        **options,
-    )
-    conditional, unconditional = jnp.split(both, 2)
+    both_times = jnp.repeat(times, 2)
+    both_labels = paired(labels, config.null_label)
+
+    def network(both: Array) -> Array:
+        """The network on pairs of images."""
+        return apply(params, config, both, both_times, both_labels, **options)
+
     guided = config.in_channels if channels is None else channels
-    return guide(conditional, unconditional, jnp.asarray(scale), guided)
+    return guide(network, images, jnp.asarray(scale), guided)

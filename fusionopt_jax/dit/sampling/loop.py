@@ -10,22 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from fusionopt_jax import _checks
-from fusionopt_jax.dit.sampling import coefficients, schedules
-from fusionopt_jax.dit.sampling.sampler import Sampler
-from fusionopt_jax.dit.sampling.steps import (
-    Prediction,
-    Step,
-    ancestral_step,
-    euler_step,
-    heun_loop,
-    implicit_step,
-    multistep_step,
-    preview_slots,
-)
+from fusionopt_jax.dit.sampling.sampler import At, Prediction, Sampler
 
 
 class Samples(NamedTuple):
@@ -79,13 +67,14 @@ def run_sampler(
 
     Raises:
         ValueError: If the sampler draws noise and has neither `key` nor
-            `step_noise`, if there are more previews than steps, or if the
-            prediction has a wrong number of channels.
+            `step_noise`, if there are more previews than steps, or if `conditions` or
+            the prediction have a wrong shape.
 
     Example:
+        >>> from fusionopt_jax import dit
         >>> predict = lambda image, time, condition: image * condition
         >>> noise = jnp.ones((1, 2, 2, 3))
-        >>> sampler = Sampler.ddim("ddim4")
+        >>> sampler = dit.Sampler.ddim("ddim4")
         >>> samples = run_sampler(sampler, predict, noise, conditions=jnp.zeros(4))
         >>> samples.images.shape
         (1, 2, 2, 3)
@@ -99,82 +88,93 @@ def run_sampler(
     dtype = jnp.promote_types(jnp.asarray(noise).dtype, jnp.float32)
     image = jnp.asarray(noise, dtype)
     shown = jnp.zeros((previews, *image.shape), dtype)
-    steps = Step(
+    _check_conditions(sampler, conditions)
+    # What an evaluation depends on beside the image, with a leading axis of times.
+    evaluations = (jnp.asarray(sampler.host_times()), conditions)
+    here = None
+    if sampler.looks_ahead:
+        # The evaluation of this step rides along in the carry, and the scan brings that
+        # of the next: scanning over both would double what a cache takes.
+        here = jax.tree.map(lambda leaf: leaf[0], evaluations)
+        evaluations = jax.tree.map(lambda leaf: leaf[1:], evaluations)
+    steps = _Slices(
         index=jnp.arange(1, sampler.steps + 1),
-        time=jnp.asarray(sampler.host_times()),
-        condition=conditions,
-        factors=_factors(sampler, dtype),
+        evaluation=evaluations,
+        coefficients=jax.tree.map(
+            lambda values: jnp.asarray(values, dtype), sampler.coefficients()
+        ),
         draw=_draws(sampler, key, step_noise),
-        slot=preview_slots(sampler.steps, previews),
+        slot=_preview_slots(sampler.steps, previews),
     )
 
-    def predict(image: Array, time: Array, condition: Any) -> Prediction:
+    def network(image: Array, evaluation: Any) -> Prediction:
         """The network's prediction and, if it has any, variance logits."""
-        output = denoise(image, time, condition).astype(dtype)
+        output = denoise(image, *evaluation).astype(dtype)
         _check_channels(sampler, image, output)
-        prediction, logits = jnp.split(output, [image.shape[-1]], axis=-1)
-        return prediction, logits
+        return Prediction(*jnp.split(output, [image.shape[-1]], axis=-1))
 
-    def report(step: Step, shown: Array, clean: Array) -> Array:
+    def fresh_noise(draw: Any) -> Array | None:
+        """The noise of a step: none, what was handed in, or drawn from a key."""
+        if draw is None:
+            return None
+        if step_noise is not None:
+            return draw.astype(dtype)
+        return jax.random.normal(draw, image.shape, dtype)
+
+    def report(step: _Slices, shown: Array, clean: Array) -> Array:
         """Keep a preview where this step has one, and count the step."""
         if on_step is not None:
             on_step(step.index)
         return shown.at[step.slot].set(clean, mode="drop") if previews else shown
 
-    if sampler.method == "heun":
-        return Samples(*heun_loop(predict, image, shown, steps, report))
+    def body(carry: tuple[Any, ...], step: _Slices) -> tuple[Any, None]:
+        """One step of the sampler."""
+        image, memory, here, shown = carry
+        visited = [step.evaluation] if here is None else [here, step.evaluation]
 
-    def body(carry: tuple[Any, ...], step: Step) -> tuple[Any, None]:
-        """One evaluation and the step it allows."""
-        image, memory, shown = carry
-        prediction = predict(image, step.time, step.condition)
-        image, clean = _advance(sampler, image, prediction, memory, step)
-        # Only the multistep method looks back; the others carry nothing.
-        memory = None if memory is None else clean
-        return (image, memory, report(step, shown, clean)), None
+        def predict(image: Array, ahead: int = 0) -> Prediction:
+            """The network at the time of this step, or of the next."""
+            return network(image, visited[ahead])
 
-    memory = jnp.zeros_like(image) if sampler.method == "dpm_solver_pp_2m" else None
-    (image, _, shown), _ = jax.lax.scan(body, (image, memory, shown), steps)
+        at = At(step.coefficients, fresh_noise(step.draw), memory)
+        image, clean, memory = sampler.step(predict, image, at)
+        here = None if here is None else step.evaluation
+        return (image, memory, here, report(step, shown, clean)), None
+
+    carry = (image, sampler.start(image), here, shown)
+    (image, _, _, shown), _ = jax.lax.scan(body, carry, steps)
     return Samples(image, shown)
 
 
-def _advance(
-    sampler: Sampler, image: Array, prediction: Prediction, memory: Any, step: Step
-) -> tuple[Array, Array]:
-    """The next image, and the clean image that this step predicted."""
-    factors, draw = step.factors, step.draw
-    if sampler.method == "euler":
-        return euler_step(image, prediction, factors)
-    if sampler.method == "ddpm":
-        return ancestral_step(
-            image,
-            prediction,
-            factors,
-            draw,
-            variance=sampler.variance,
-            clip=sampler.clip,
-        )
-    if sampler.method == "ddim":
-        return implicit_step(image, prediction, factors, draw, clip=sampler.clip)
-    return multistep_step(image, prediction, factors, memory, clip=sampler.clip)
+class _Slices(NamedTuple):
+    """What each iteration of the loop is handed, stacked along the steps.
+
+    Attributes:
+        index: Number of the step, from 1.
+        evaluation: Model time and condition of this step's evaluation, or of the next
+            step's for a sampler that looks ahead.
+        coefficients: Of the sampler.
+        draw: A key, or the noise itself, or None for a deterministic sampler.
+        slot: The preview that this step fills; one past the end for none.
+    """
+
+    index: Any
+    evaluation: Any
+    coefficients: Any
+    draw: Any
+    slot: Any
 
 
-def _factors(sampler: Sampler, dtype: DTypeLike) -> Any:
-    """The coefficients of every step, as arrays of a leading step axis."""
-    if sampler.is_flow:
-        grid = schedules.flow_times(sampler.steps, sampler.shift)
-        factors: Any = (grid[:-1], np.diff(grid))
-    elif sampler.method == "dpm_solver_pp_2m":
-        times = schedules.multistep_times(sampler.steps, sampler.spacing)
-        factors = coefficients.multistep_coefficients(times)
-    else:
-        times = schedules.respace(str(sampler.respacing))
-        factors = (
-            coefficients.ancestral_coefficients(times, sampler.variance)
-            if sampler.method == "ddpm"
-            else coefficients.implicit_coefficients(times, sampler.eta)
-        )
-    return jax.tree.map(lambda values: jnp.asarray(values, dtype), factors)
+def _check_conditions(sampler: Sampler, conditions: Any) -> None:
+    """Require a slice for each time."""
+    count = len(sampler.host_times())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(conditions):
+        if jnp.ndim(leaf) == 0 or len(leaf) != count:
+            name = f"conditions{jax.tree_util.keystr(path)}"
+            raise ValueError(
+                f"`{name}` must have a leading axis of {count}, one slice per time of "
+                f"`sampler.eval_times()`, got {_checks.shape_text(leaf)}."
+            )
 
 
 def _draws(sampler: Sampler, key: Any, step_noise: Any) -> Any:
@@ -194,6 +194,14 @@ def _draws(sampler: Sampler, key: Any, step_noise: Any) -> Any:
             "key=jax.random.key(0), or sample with Sampler.ddim(eta=0)."
         )
     return jax.random.split(key, sampler.steps)
+
+
+def _preview_slots(steps: int, previews: int) -> Int[Array, " steps"]:
+    """For each step the preview it fills; one past the end where it fills none."""
+    slots = np.full(steps, previews, np.int32)
+    for preview in range(previews):
+        slots[(preview + 1) * steps // previews - 1] = preview
+    return jnp.asarray(slots)
 
 
 def _check_channels(sampler: Sampler, image: Array, output: Array) -> None:

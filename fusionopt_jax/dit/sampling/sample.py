@@ -1,15 +1,15 @@
 """From noise and labels to images: the model, the cache and the sampler in one program.
 
 `sample` joins three things that know nothing of each other. A `Sampler` walks over its
-times; the network predicts; the cache, if there is one, supplies what conditioning
-would compute. The whole walk is one compiled program. The cache enters it as an
-argument that `lax.scan` cuts into steps: closed over, it would become a constant of the
-executable, which would then be compiled anew for every request.
+times (`loop`); the network predicts, and the cache, if there is one, supplies what
+conditioning would compute (`denoiser`). All of it is one compiled program. The cache
+enters it as an argument that `lax.scan` cuts into steps: closed over, it would become a
+constant of the executable, which would then be compiled anew for every request.
 """
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias, overload
 
 import jax
 import jax.numpy as jnp
@@ -21,23 +21,61 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from fusionopt_jax import _checks
 from fusionopt_jax._types import Params
 from fusionopt_jax.dit.cache.dit import TimeConditioningCache
-from fusionopt_jax.dit.cache.use import cache_rows, checked_cache
+from fusionopt_jax.dit.cache.use import checked_cache
 from fusionopt_jax.dit.config import DiTConfig
-from fusionopt_jax.dit.network.model import apply, check_labels
-from fusionopt_jax.dit.network.modulation import CachedModulation
-from fusionopt_jax.dit.sampling import schedules
-from fusionopt_jax.dit.sampling.guidance import guide
+from fusionopt_jax.dit.network.model import check_labels
+from fusionopt_jax.dit.sampling.denoiser import cached_tables, denoiser
+from fusionopt_jax.dit.sampling.guidance import Guidance, GuidedChannels
 from fusionopt_jax.dit.sampling.loop import Samples, run_sampler
 from fusionopt_jax.dit.sampling.sampler import Sampler
 
 ProgressCallback: TypeAlias = Callable[[int, int], Any]
 """Called with the number of finished steps and the number of all steps."""
 
-GuidedChannels: TypeAlias = Literal[3] | None
-"""Guide every channel, or the first three as the published code does."""
-
 _listeners: dict[int, tuple[ProgressCallback, int]] = {}
 _tickets = itertools.count()
+
+
+@overload
+def sample(
+    params: Params,
+    config: DiTConfig,
+    cache: TimeConditioningCache | None,
+    noise: Float[Array | np.ndarray, "batch height width channels"],
+    labels: Int[Array | np.ndarray, " batch"] | Sequence[int],
+    sampler: Sampler,
+    cfg_scale: float | Float[Array, ""] | Float[Array, " batch"] = ...,
+    *,
+    cfg_channels: GuidedChannels = ...,
+    guidance_interval: tuple[float, float] | None = ...,
+    key: PRNGKeyArray | None = ...,
+    dtype: DTypeLike = ...,
+    unroll: bool = ...,
+    progress: ProgressCallback | None = ...,
+    previews: None = ...,
+    donate: bool = ...,
+) -> Float[Array, "batch height width channels"]: ...
+
+
+@overload
+def sample(
+    params: Params,
+    config: DiTConfig,
+    cache: TimeConditioningCache | None,
+    noise: Float[Array | np.ndarray, "batch height width channels"],
+    labels: Int[Array | np.ndarray, " batch"] | Sequence[int],
+    sampler: Sampler,
+    cfg_scale: float | Float[Array, ""] | Float[Array, " batch"] = ...,
+    *,
+    cfg_channels: GuidedChannels = ...,
+    guidance_interval: tuple[float, float] | None = ...,
+    key: PRNGKeyArray | None = ...,
+    dtype: DTypeLike = ...,
+    unroll: bool = ...,
+    progress: ProgressCallback | None = ...,
+    previews: int,
+    donate: bool = ...,
+) -> Samples: ...
 
 
 def sample(
@@ -55,7 +93,7 @@ def sample(
     dtype: DTypeLike = jnp.float32,
     unroll: bool = False,
     progress: ProgressCallback | None = None,
-    previews: int = 0,
+    previews: int | None = None,
     donate: bool = False,
 ) -> Float[Array, "batch height width channels"] | Samples:
     r"""Sample images of the given labels, as one compiled program.
@@ -89,12 +127,13 @@ def sample(
         unroll: Write the blocks out for a lower latency; compiles longer.
         progress: Called on the host as steps finish, with their number and the total;
             not necessarily in order. Waits for the images before it returns.
-        previews: Number of clean predictions to return along the way.
+        previews: Number of clean predictions to return along the way; None returns the
+            images alone.
         donate: Whether `noise` may be overwritten. Only for an array used nowhere else.
 
     Returns:
         Images, [batch, height, width, channels], float32, or `Samples` with the
-        previews if `previews` is above 0. The range is the model's: a latent model
+        previews if `previews` is a number. The range is the model's: a latent model
         returns latents, which its autoencoder decodes.
 
     Raises:
@@ -112,7 +151,7 @@ def sample(
         ... )
         >>> params = dit.init_params(config)
         >>> noise = jax.random.normal(jax.random.key(0), (2, 4, 4, 4))
-        >>> sampler = Sampler.euler(steps=2)
+        >>> sampler = dit.Sampler.euler(steps=2)
         >>> cache = dit.build_cache(params, config, sampler.eval_times(), [3, 7])
         >>> weights = dit.strip_modulators(params)
         >>> sample(weights, config, cache, noise, [3, 7], sampler).shape
@@ -124,12 +163,10 @@ def sample(
     """
     noise = jnp.asarray(noise, jnp.float32)
     labels = jnp.asarray(labels)
-    guided = not (isinstance(cfg_scale, int | float) and cfg_scale == 1.0)
-    interval = check_sampler(config, sampler, cfg_channels, guidance_interval)
+    check_variance(config, sampler)
+    guidance = Guidance(cfg_channels, guidance_interval)
     _check_request(config, noise, labels, cfg_scale)
-    if guided:
-        # Raises where the model has no null label to guide with.
-        _ = config.null_label
+    guided = not (isinstance(cfg_scale, int | float) and cfg_scale == 1.0)
     if cache is not None:
         wanted = labels
         if guided and not isinstance(labels, Tracer):
@@ -154,93 +191,38 @@ def sample(
             jnp.asarray(ticket, jnp.int32),
             config=config,
             sampler=sampler,
-            guided=guided,
-            cfg_channels=cfg_channels,
-            interval=interval,
+            guidance=guidance if guided else None,
             dtype=jnp.dtype(dtype),
             unroll=unroll,
             reports=progress is not None,
-            previews=previews,
+            previews=previews or 0,
         )
         if progress is not None:
             jax.block_until_ready(samples)
             jax.effects_barrier()
     finally:
         _listeners.pop(ticket, None)
-    return samples if previews else samples.images
+    return samples.images if previews is None else samples
 
 
-def walk(
+def _program(
     params: Params,
     cache: TimeConditioningCache | None,
     noise: Float[Array, "batch height width channels"],
     labels: Int[Array, " batch"],
     cfg_scale: Float[Array, "..."],
     key: PRNGKeyArray | None,
-    ticket: Int[Array, ""] | None = None,
+    ticket: Int[Array, ""],
     *,
     config: DiTConfig,
     sampler: Sampler,
-    guided: bool,
-    cfg_channels: GuidedChannels = None,
-    interval: tuple[float, float] | None = None,
-    dtype: DTypeLike = jnp.float32,
-    unroll: bool = False,
-    reports: bool = False,
-    previews: int = 0,
+    guidance: Guidance | None,
+    dtype: DTypeLike,
+    unroll: bool,
+    reports: bool,
+    previews: int,
 ) -> Samples:
-    """The program of `sample`, without its checks: pure, to be jitted or exported."""
-    channels = noise.shape[-1]
-    steps = None
-    if cache is not None:
-        # A cache may hold one entry for time 0 beyond what the sampler visits.
-        count = len(sampler.host_times())
-        steps = (cache.block[:count], cache.final[:count])
-
-    def network(
-        images: Array, time: Array, step: Any, image_labels: Array
-    ) -> Float[Array, "images height width outputs"]:
-        """The prediction for every image, through the cache if there is one."""
-        modulation = None
-        if cache is not None:
-            modulation = CachedModulation(
-                step[0], step[1], cache_rows(cache, image_labels)
-            )
-        times = jnp.full(images.shape[:1], time)
-        return apply(
-            params,
-            config,
-            images,
-            times,
-            image_labels,
-            modulation=modulation,
-            dtype=dtype,
-            unroll=unroll,
-        )
-
-    def plain(image: Array, time: Array, step: Any) -> Array:
-        """The prediction of the labels alone."""
-        return network(image, time, step, labels)
-
-    def with_guidance(image: Array, time: Array, step: Any) -> Array:
-        """The prediction pushed away from that of the null label."""
-        # Pairs lie side by side, not in two halves: on a batch that is sharded, both
-        # members of a pair are then on one device.
-        null = jnp.full_like(labels, config.num_classes)
-        pairs = jnp.stack([labels, null], axis=1).reshape(-1)
-        output = network(jnp.repeat(image, 2, axis=0), time, step, pairs)
-        output = output.reshape(image.shape[0], 2, *output.shape[1:])
-        return guide(output[:, 0], output[:, 1], cfg_scale, cfg_channels or channels)
-
-    def denoise(image: Array, time: Array, step: Any) -> Array:
-        """The prediction that the sampler sees."""
-        if not guided:
-            return plain(image, time, step)
-        if interval is None:
-            return with_guidance(image, time, step)
-        low, high = (edge * schedules.FLOW_TIME_SCALE for edge in interval)
-        inside = (low <= time) & (time <= high)
-        return jax.lax.cond(inside, with_guidance, plain, image, time, step)
+    """What `sample` compiles."""
 
     def report(index: Array) -> None:
         """Tell the host that a step is done."""
@@ -248,9 +230,18 @@ def walk(
 
     return run_sampler(
         sampler,
-        denoise,
+        denoiser(
+            params,
+            config,
+            cache,
+            labels,
+            cfg_scale,
+            guidance=guidance,
+            dtype=dtype,
+            unroll=unroll,
+        ),
         noise,
-        conditions=steps,
+        conditions=cached_tables(cache, sampler),
         key=key,
         previews=previews,
         on_step=report if reports else None,
@@ -260,16 +251,14 @@ def walk(
 _STATIC = (
     "config",
     "sampler",
-    "guided",
-    "cfg_channels",
-    "interval",
+    "guidance",
     "dtype",
     "unroll",
     "reports",
     "previews",
 )
-_run = jax.jit(walk, static_argnames=_STATIC)
-_run_donating = jax.jit(walk, static_argnames=_STATIC, donate_argnames=("noise",))
+_run = jax.jit(_program, static_argnames=_STATIC)
+_run_donating = jax.jit(_program, static_argnames=_STATIC, donate_argnames=("noise",))
 
 
 def _tell(ticket: Any, index: Any) -> None:
@@ -308,27 +297,23 @@ def _check_request(
         )
 
 
-def check_sampler(
-    config: DiTConfig,
-    sampler: Sampler,
-    cfg_channels: GuidedChannels,
-    interval: tuple[float, float] | None,
-) -> tuple[float, float] | None:
-    """Require settings that the model can serve; returns the interval as floats."""
-    _checks.check_choice("cfg_channels", cfg_channels, (None, 3))
+def check_variance(config: DiTConfig, sampler: Sampler) -> None:
+    """Require a model that predicts what the sampler reads.
+
+    Args:
+        config: Sizes of the model.
+        sampler: The walk.
+
+    Raises:
+        ValueError: If the sampler reads a variance that the model does not predict.
+
+    Example:
+        >>> from fusionopt_jax import dit
+        >>> check_variance(dit.CONFIGS["DiT-S/2"], dit.Sampler.ddpm())
+    """
     if sampler.reads_variance and not config.learn_sigma:
         raise ValueError(
             "`sampler` reads a learned variance, which a model with learn_sigma=False "
             "does not predict; use Sampler.ddpm(variance='fixed_small') or "
             "'fixed_large'."
         )
-    if interval is None:
-        return None
-    if len(interval) != 2:
-        raise ValueError(
-            f"`guidance_interval` must be a pair (low, high), got {interval!r}."
-        )
-    low, high = interval
-    _checks.check_number("guidance_interval[0]", low, low=0.0, high=1.0)
-    _checks.check_number("guidance_interval[1]", high, low=float(low), high=1.0)
-    return float(low), float(high)

@@ -1,36 +1,25 @@
-r"""The noise schedule of training, and the time grids of sampling.
+r"""The diffusion of training: its noise levels, and the times that sampling keeps.
 
-Everything here is host arithmetic in float64 on a handful of numbers per step. A
-sampler casts the result once, to the type of its images, and feeds it to its loop, so
-no schedule is recomputed, in lower precision, inside the compiled program.
+.. math::
+    x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon
 
-Two families share the module:
+with the linear :math:`\beta` of the published DiT, over `TRAINING_STEPS` integer times.
 
-- *Diffusion.* :math:`x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon`
-  with the linear :math:`\beta` of the published DiT, over `TRAINING_STEPS` integer
-  times.
-- *Rectified flow.* :math:`x_t = (1-t)\,x_0 + t\,\epsilon` for :math:`t\in[0,1]`; the
-  network sees `FLOW_TIME_SCALE` times :math:`t`, so that one time embedding serves both
-  families.
+Everything but `clean_prediction` is host arithmetic in float64 on a handful of numbers
+per step. The loop casts the result once, to the type of its images, so no schedule is
+recomputed, in lower precision, inside the compiled program.
 """
 
-from typing import Literal, TypeAlias
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from fusionopt_jax import _checks
 
 TRAINING_STEPS = 1000
 """Number of noise levels that the published DiT was trained on."""
-
-FLOW_TIME_SCALE = 1000.0
-"""What a flow time in [0, 1] is multiplied by before the network sees it."""
-
-Variance: TypeAlias = Literal["learned_range", "fixed_small", "fixed_large"]
-"""Where ancestral sampling takes the variance of a step from."""
-
-Spacing: TypeAlias = Literal["time", "logsnr"]
-"""Whether DPM-Solver++ steps evenly in time or in the log signal-to-noise ratio."""
 
 
 def linear_alpha_bars(steps: int = TRAINING_STEPS) -> np.ndarray:
@@ -121,72 +110,48 @@ def respace(respacing: str | int, steps: int = TRAINING_STEPS) -> np.ndarray:
     return np.concatenate(pieces)
 
 
-def flow_times(steps: int, shift: float = 1.0) -> np.ndarray:
-    r"""The time grid of a rectified flow, from noise to image.
-
-    :math:`t_i = s\,u_i/(1+(s-1)\,u_i)` with :math:`u_i = 1-i/N`, where :math:`N` is
-    `steps` and :math:`s` is `shift`.
+def alpha_bars_at(times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    r"""Signal fractions at the kept times, and at the kept time before each.
 
     Args:
-        steps: Number of steps, at least 1.
-        shift: Positive; above 1 it spends more steps near the noise, which larger
-            images need. The default leaves the grid even.
+        times: Rising integer times as `respace` gives them.
 
     Returns:
-        Float64 of shape [steps + 1], from 1 to 0.
-
-    Raises:
-        ValueError: If an argument is out of range.
+        :math:`\bar\alpha_k` and :math:`\bar\alpha_{k-1}`, float64 shaped as `times`;
+        before the first time, 1: the clean image.
 
     Example:
-        >>> flow_times(4).tolist(), flow_times(2, shift=3.0).tolist()
-        ([1.0, 0.75, 0.5, 0.25, 0.0], [1.0, 0.75, 0.0])
-
-    Source:
-        Esser et al. 2024, "Scaling Rectified Flow Transformers", equation 23.
+        >>> bar, bar_before = alpha_bars_at(respace(3))
+        >>> bool(bar_before[0] == 1.0), bool(bar_before[2] == bar[1])
+        (True, True)
     """
-    _checks.check_integer("steps", steps, low=1)
-    _checks.check_positive("shift", shift)
-    even = 1.0 - np.arange(steps + 1) / steps
-    return shift * even / (1.0 + (shift - 1.0) * even)
+    bar = linear_alpha_bars()[times]
+    return bar, np.concatenate([[1.0], bar[:-1]])
 
 
-def multistep_times(steps: int, spacing: Spacing) -> np.ndarray:
-    r"""The fractional times of DPM-Solver++(2M), from noise to image.
+def clean_prediction(x: Array, noise: Array, at: Any, clip: bool) -> Array:
+    r"""The clean image that a noise prediction implies.
+
+    :math:`\hat x_0 = (x - \sigma\,\epsilon_\theta)/\alpha`.
 
     Args:
-        steps: Number of steps, at least 1.
-        spacing: `"time"` divides the times 999 to 0 evenly, the usual choice for
-            latents; `"logsnr"` divides :math:`\lambda =
-            \log(\sqrt{\bar\alpha}/\sqrt{1-\bar\alpha})` evenly.
+        x: The noisy image.
+        noise: The network's :math:`\epsilon_\theta`, shaped as `x`.
+        at: Coefficients of the step, with :math:`\alpha=\sqrt{\bar\alpha}` and
+            :math:`\sigma=\sqrt{1-\bar\alpha}` as `alpha` and `sigma`.
+        clip: Whether to cut it to [-1, 1].
 
     Returns:
-        Float64 of shape [steps + 1], from 999 to 0. Between two integer times,
-        :math:`\log\bar\alpha` is linear.
-
-    Raises:
-        ValueError: If an argument is out of range.
+        An image shaped as `x`.
 
     Example:
-        >>> multistep_times(3, "time").tolist()
-        [999.0, 666.0, 333.0, 0.0]
-
-    Source:
-        Lu et al. 2022, "DPM-Solver", section 3.4 and appendix D.4.
+        >>> from types import SimpleNamespace
+        >>> at = SimpleNamespace(alpha=0.5, sigma=1.0)
+        >>> clean_prediction(jnp.ones(2), jnp.array([0.25, 0.75]), at, clip=True)
+        Array([1. , 0.5], dtype=float32)
     """
-    _checks.check_integer("steps", steps, low=1)
-    _checks.check_choice("spacing", spacing, ("time", "logsnr"))
-    last = TRAINING_STEPS - 1.0
-    if spacing == "time":
-        return np.linspace(last, 0.0, steps + 1)
-    logs = np.log(linear_alpha_bars())
-    ends = half_log_snr(logs[[-1, 0]])
-    wanted = np.linspace(ends[0], ends[1], steps + 1)
-    # log(abar) from lambda: abar = sigmoid(2 lambda); `interp` wants rising abscissae.
-    wanted_logs = -np.logaddexp(0.0, -2.0 * wanted)
-    times = np.interp(-wanted_logs, -logs, np.arange(TRAINING_STEPS, dtype=np.float64))
-    times[0], times[-1] = last, 0.0
-    return times
+    clean = (x - at.sigma * noise) / at.alpha
+    return jnp.clip(clean, -1.0, 1.0) if clip else clean
 
 
 def _count(part: str, text: str) -> int:
@@ -209,24 +174,3 @@ def _strided(count: int, steps: int) -> np.ndarray:
         f"`respacing` 'ddim{count}' needs an integer stride that gives {count} of "
         f"{steps} times, and there is none; '{count}' without 'ddim' spaces any number."
     )
-
-
-def half_log_snr(log_bars: np.ndarray) -> np.ndarray:
-    r"""Half the log signal-to-noise ratio, from the logarithms of signal fractions.
-
-    :math:`\lambda = \log\sqrt{\bar\alpha} - \log\sqrt{1-\bar\alpha}`.
-
-    Args:
-        log_bars: :math:`\log\bar\alpha`, negative, of any shape.
-
-    Returns:
-        Float64 of the same shape.
-
-    Example:
-        >>> half_log_snr(np.log(np.array([0.5]))).round(6)
-        array([0.])
-
-    Source:
-        Lu et al. 2022, "DPM-Solver", section 2.
-    """
-    return 0.5 * (log_bars - np.log(-np.expm1(log_bars)))

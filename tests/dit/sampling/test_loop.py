@@ -1,17 +1,21 @@
 """The sampling loop: recordings, float64 references, and measured orders."""
 
+import dataclasses
 import functools
+import importlib
+import inspect
 import pathlib
+import pkgutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fusionopt_jax.dit import Sampler, run_sampler
-from fusionopt_jax.dit.sampling import coefficients
+from fusionopt_jax.dit import Sampler, run_sampler, sampling
+from fusionopt_jax.dit.sampling import ddpm
 from fusionopt_jax.dit.sampling.guidance import guide
-from fusionopt_jax.dit.sampling.steps import ancestral_step
+from fusionopt_jax.dit.sampling.sampler import At, Prediction, Step
 from tests._compare import assert_within
 from tests.references import samplers as reference
 
@@ -48,6 +52,13 @@ def toy_network(image, time, label):
     return noise, jnp.cos(2.0 * image)
 
 
+def guided(conditional, unconditional):
+    """The guidance of the recordings, of two predictions that are there."""
+    pairs = jnp.stack([conditional, unconditional], axis=1)
+    pairs = pairs.reshape(-1, *conditional.shape[1:])
+    return guide(lambda both: pairs, conditional, 4.0, channels=3)
+
+
 @functools.cache
 def run_recorded(tag, dtype="float32"):
     """One recorded run, by the public loop."""
@@ -58,7 +69,7 @@ def run_recorded(tag, dtype="float32"):
         noise, logits = toy_network(image, time, labels)
         if tag.endswith("cfg4"):
             null = jnp.full_like(labels, float(RECORDED["null"]))
-            noise = guide(noise, toy_network(image, time, null)[0], 4.0, 3)
+            noise = guided(noise, toy_network(image, time, null)[0])
         parts = [noise] if "fixed" in tag else [noise, logits]
         return jnp.concatenate(parts, axis=-1)
 
@@ -112,21 +123,20 @@ def test_follows_the_recorded_steps_of_guided_ddpm():
     outputs = jnp.asarray(RECORDED[f"{tag}/output"])
     labels = jnp.asarray(RECORDED["y"], jnp.float32)
     null = jnp.full_like(labels, float(RECORDED["null"]))
-    table = coefficients.ancestral_coefficients(
-        RECORDED[f"{tag}/timestep_map"], "learned_range"
-    )
+    table = ddpm.coefficients(RECORDED[f"{tag}/timestep_map"], "learned_range")
     for step, time in enumerate(RECORDINGS[tag].eval_times()):
         noise, logits = toy_network(images[step], time, labels)
-        noise = guide(noise, toy_network(images[step], time, null)[0], 4.0, 3)
+        noise = guided(noise, toy_network(images[step], time, null)[0])
         output = jnp.concatenate([noise, logits], axis=-1)
         assert_within(output, outputs[step], TRAJECTORY, f"network at step {step}")
-        following, _ = ancestral_step(
-            images[step],
-            (outputs[step][..., :4], outputs[step][..., 4:]),
+        recorded = Prediction(outputs[step][..., :4], outputs[step][..., 4:])
+        at = At(
             jax.tree.map(lambda values, at=step: jnp.float32(values[at]), table),
-            jnp.asarray(RECORDED["noise"][step]),
-            variance="learned_range",
-            clip=False,
+            z=jnp.asarray(RECORDED["noise"][step]),
+            memory=None,
+        )
+        following = (
+            RECORDINGS[tag].step(lambda x, said=recorded: said, images[step], at).image
         )
         assert_within(following, images[step + 1], TRAJECTORY, f"loop at step {step}")
 
@@ -323,6 +333,54 @@ def test_a_key_gives_the_same_images_again_and_another_key_others():
     assert float(jnp.abs(run(3) - run(4)).max()) > 1e-3
 
 
+def test_every_sampler_of_the_package_is_listed():
+    classes = {
+        found
+        for module in pkgutil.iter_modules(sampling.__path__, sampling.__name__ + ".")
+        for found in vars(importlib.import_module(module.name)).values()
+        if isinstance(found, type)
+        and issubclass(found, Sampler)
+        and not inspect.isabstract(found)
+    }
+    assert classes == set(sampling.METHODS)
+    declared = {
+        name for name, kind in Sampler.__annotations__.items() if "type[" in str(kind)
+    }
+    assert declared == {method.method for method in sampling.METHODS}
+    for method in sampling.METHODS:
+        assert getattr(Sampler, method.method) is method
+        assert isinstance(method(), Sampler)
+
+
+def test_a_sampler_of_ones_own_is_one_class():
+    @dataclasses.dataclass(frozen=True)
+    class Halving(Sampler):
+        """Moves half of the way to zero, with the state that a step may keep."""
+
+        method = "halving"
+        steps: int = 3
+
+        def host_times(self):
+            return np.arange(self.steps, 0, -1, dtype=np.float32)
+
+        def coefficients(self):
+            return {"share": np.full(self.steps, 0.5)}
+
+        def start(self, x):
+            return jnp.zeros((), jnp.int32)
+
+        def step(self, predict, x, at):
+            clean = predict(x).value
+            x = x + at.coefficients["share"] * (clean - x)
+            return Step(x, clean + at.memory, at.memory + 1)
+
+    samples = run_sampler(
+        Halving(), lambda x, t, c: 0.0 * x, jnp.ones((1, 2, 2, 1)), previews=3
+    )
+    np.testing.assert_array_equal(samples.images, np.full((1, 2, 2, 1), 0.125))
+    assert samples.previews[:, 0, 0, 0, 0].tolist() == [0.0, 1.0, 2.0]
+
+
 def test_samplers_are_values():
     assert Sampler.ddpm(50) == Sampler.ddpm("50")
     assert hash(Sampler.ddim("ddim50")) == hash(Sampler.ddim("ddim50"))
@@ -338,10 +396,7 @@ def test_samplers_are_values():
         (lambda: Sampler.ddpm("10", variance="learned"), "learned_range"),
         (lambda: Sampler.ddim("10", eta=-0.1), "eta"),
         (lambda: Sampler.dpm_solver_pp_2m(5, spacing="even"), "spacing"),
-        (lambda: Sampler("eular", 5), "Did you mean 'euler'"),
-        (lambda: Sampler("ddim", 5), "respacing"),
-        (lambda: Sampler("ddim", 5, respacing="10"), "has 10 times"),
-        (lambda: Sampler("euler", 5, clip=True), "clip"),
+        (lambda: Sampler.ddim("10", clip=2), "clip"),
     ],
 )
 def test_settings_that_mean_nothing_are_errors(unchecked_types, make, words):
@@ -358,6 +413,7 @@ def test_settings_that_mean_nothing_are_errors(unchecked_types, make, words):
         (Sampler.heun(5), {}, 3, "as many channels"),
         (Sampler.euler(5), {"previews": 6}, 1, "previews"),
         (Sampler.ddpm("5"), {"step_noise": jnp.ones((4, 1, 2, 2, 1))}, 2, "step_noise"),
+        (Sampler.heun(5), {"conditions": {"a": jnp.ones(5)}}, 1, "axis of 6"),
     ],
 )
 def test_runs_that_cannot_work_are_errors(sampler, options, channels, words):

@@ -13,8 +13,8 @@ import pytest
 
 from fusionopt_jax import dit
 from fusionopt_jax.dit.network.embeddings import position_embedding
-from fusionopt_jax.dit.sampling.sampler import Method
-from fusionopt_jax.dit.sampling.schedules import Variance
+from fusionopt_jax.dit.sampling import METHODS
+from fusionopt_jax.dit.sampling.ddpm import DDPM, Variance
 from tests._compare import assert_within
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -108,8 +108,8 @@ def no_compilation():
 
 def test_every_sampler_is_compared():
     samplers = SAMPLERS.values()
-    assert {sampler.method for sampler in samplers} == set(get_args(Method))
-    variances = {s.variance for s in samplers if s.method == "ddpm"}
+    assert {type(sampler) for sampler in samplers} == set(METHODS)
+    variances = {s.variance for s in samplers if isinstance(s, DDPM)}
     assert variances == set(get_args(Variance))
 
 

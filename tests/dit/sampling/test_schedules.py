@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from fusionopt_jax.dit.sampling import coefficients, schedules
+from fusionopt_jax.dit.sampling import ddim, ddpm, dpm_solver, flow, schedules
 from tests._compare import assert_within
 from tests.references import samplers as reference
 
@@ -82,7 +82,7 @@ def test_a_respacing_that_cannot_be_met_is_an_error(respacing, error, words):
 
 
 def test_shift_moves_flow_times_towards_the_noise():
-    even, shifted = schedules.flow_times(8), schedules.flow_times(8, shift=3.0)
+    even, shifted = flow.flow_times(8), flow.flow_times(8, shift=3.0)
     assert shifted[0] == 1.0
     assert shifted[-1] == 0.0
     assert np.all(shifted[1:-1] > even[1:-1])
@@ -94,14 +94,14 @@ def test_shift_moves_flow_times_towards_the_noise():
 @pytest.mark.parametrize(("steps", "shift"), [(0, 1.0), (5, 0.0), (5, -1.0)])
 def test_flow_grids_out_of_range_are_errors(steps, shift):
     with pytest.raises(ValueError, match="must"):
-        schedules.flow_times(steps, shift)
+        flow.flow_times(steps, shift)
 
 
 @pytest.mark.parametrize("respacing", ["10", "ddim10", "1000"])
 def test_ancestral_coefficients_are_the_product_of_two_gaussians(respacing):
     times = schedules.respace(respacing)
     bars = reference.alpha_bars()[times]
-    table = coefficients.ancestral_coefficients(times, "learned_range")
+    table = ddpm.coefficients(times, "learned_range")
     for step, k in enumerate(range(len(times) - 1, 0, -1)):
         clean, noisy, variance = reference.posterior(bars[k], bars[k - 1])
         got = [
@@ -116,22 +116,22 @@ def test_ancestral_coefficients_are_the_product_of_two_gaussians(respacing):
 
 
 def test_one_ancestral_step_has_finite_coefficients():
-    for values in coefficients.ancestral_coefficients(np.array([0]), "fixed_small"):
+    for values in ddpm.coefficients(np.array([0]), "fixed_small"):
         assert np.isfinite(values).all()
 
 
 def test_ddim_noise_at_eta_one_is_that_of_ddpm():
     times = schedules.respace(20)
-    implicit = coefficients.implicit_coefficients(times, eta=1.0)
-    ancestral = coefficients.ancestral_coefficients(times, "fixed_small")
+    implicit = ddim.coefficients(times, eta=1.0)
+    ancestral = ddpm.coefficients(times, "fixed_small")
     expected = np.exp(0.5 * ancestral.log_variance_low) * ancestral.active
     assert_within(implicit.deviation, expected, ROUNDING)
 
 
 def test_logsnr_spacing_has_equal_steps():
-    times = schedules.multistep_times(12, "logsnr")
+    times = dpm_solver.solver_times(12, "logsnr")
     logs = np.interp(times, np.arange(1000), np.log(reference.alpha_bars()))
-    steps = np.diff(schedules.half_log_snr(logs))
+    steps = np.diff(dpm_solver.half_log_snr(logs))
     assert (times[0], times[-1]) == (999.0, 0.0)
     assert_within(steps, np.full(12, steps.mean()), 1e-9)
 
@@ -140,22 +140,22 @@ def test_multistep_without_extrapolation_is_ddim():
     # The first-order solver in half log SNR and DDIM are the same map (Lu et al. 2022,
     # section 4); DDIM at eta 0 on integer times is written independently above.
     times = schedules.respace("ddim10")
-    solver = coefficients.multistep_coefficients(times[::-1].astype(np.float64))
-    ddim = coefficients.implicit_coefficients(times, eta=0.0)
+    solver = dpm_solver.coefficients(times[::-1].astype(np.float64))
+    implicit = ddim.coefficients(times, eta=0.0)
     image, noise = 0.7, -0.3
     for step in range(len(times) - 1):
-        clean = solver.image[step] * image - solver.noise[step] * noise
+        clean = (image - solver.sigma[step] * noise) / solver.alpha[step]
         one = solver.decay[step] * image + solver.gain[step] * clean
-        other = ddim.next_clean[step] * clean + ddim.next_noise[step] * noise
+        other = implicit.next_clean[step] * clean + implicit.next_noise[step] * noise
         assert one == pytest.approx(other, abs=1e-10)
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda t: coefficients.implicit_coefficients(t, eta=1.5), "eta"),
-        (lambda t: coefficients.ancestral_coefficients(t, "learned"), "learned_range"),
-        (lambda _: schedules.multistep_times(5, "snr"), "logsnr"),
+        (lambda t: ddim.coefficients(t, eta=1.5), "eta"),
+        (lambda t: ddpm.coefficients(t, "learned"), "learned_range"),
+        (lambda _: dpm_solver.solver_times(5, "snr"), "logsnr"),
         (lambda _: schedules.linear_alpha_bars(1), "steps"),
     ],
 )

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import fusionopt_jax as fo
 from fusionopt_jax import iterates
@@ -59,6 +60,25 @@ TARGETS = {
     "mixed": parabola_from(
         {"x": [0.0, 0.0, 0.0], "w": [[0.0, 0.0], [0.0, 0.0]]},
         {"x": [1.0, -1.0, 2.0], "w": [[1.0, 0.0], [-1.0, 1.0]]},
+    ),
+}
+
+
+def square(x):
+    """The square of an absolute value; `abs` has no gradient at zero."""
+    return jnp.real(x * jnp.conj(x))
+
+
+COMPLEX_TARGETS = {
+    "parabola": Target(
+        {"x": [-1.0 + 0j, 10.0, 1.0]},
+        {"x": [1.0 + 1j, -1.0 - 1j, 1.0 + 1j]},
+        lambda p: jnp.sum(square(p["x"] - jnp.array([1 + 1j, -1 - 1j, 1 + 1j]))),
+    ),
+    "rosenbrock": Target(
+        {"x": [0j, 0.0]},
+        {"x": [1.0 + 1j, (1.0 + 1j) ** 2]},
+        lambda p: square(1 + 1j - p["x"][0]) + 100 * square(p["x"][1] - p["x"][0] ** 2),
     ),
 }
 
@@ -145,6 +165,8 @@ def minimise(name, targets):
         def step(carry, _):
             params, state = carry
             loss, grads = jax.value_and_grad(target.loss)(params)
+            # JAX's gradient of a complex number is the conjugate of the steepest way.
+            grads = jax.tree.map(jnp.conj, grads)
             updates, state = tx.update(grads, state, params, value=loss)
             return (optax.apply_updates(params, updates), state), None
 
@@ -155,14 +177,26 @@ def minimise(name, targets):
             else params
         )
 
-    return jax.jit(lambda: {key: run(TARGETS[key]) for key in targets})()
+    return jax.jit(lambda: {key: run(target) for key, target in targets.items()})()
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_converges_on_four_targets(name):
-    results = minimise(name, TARGETS)
-    for key, params in results.items():
-        for leaf, best in TARGETS[key].best.items():
+    check_minima(name, TARGETS)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [case.name for case in _cases.ALL if case.name in OPTIMIZERS and case.complex_too],
+)
+def test_converges_on_complex_targets(name):
+    check_minima(name, COMPLEX_TARGETS)
+
+
+def check_minima(name, targets):
+    """Require that an optimiser comes to the minimum of every target."""
+    for key, params in minimise(name, targets).items():
+        for leaf, best in targets[key].best.items():
             # Optax's own tolerance, absolute and relative.
             np.testing.assert_allclose(
                 params[leaf], best, rtol=3e-2, atol=3e-2, err_msg=f"{key} {leaf}"
@@ -251,10 +285,19 @@ def test_an_injected_learning_rate_can_be_a_schedule():
     np.testing.assert_allclose(moved, [-1.0, -0.75, -0.5], rtol=1e-6)
 
 
-@every_case
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+STABLE = [
+    (case, dtype)
+    for case in _cases.ALL
+    for dtype in (
+        *("float16", "bfloat16", "float32", "float64"),
+        *(("complex64", "complex128") if case.complex_too else ()),
+    )
+]
+
+
+@pytest.mark.parametrize(("case", "dtype"), STABLE, ids=str)
 def test_state_is_stable_under_a_cond(case, dtype):
-    with jax.enable_x64(dtype == "float64"):
+    with jax.enable_x64(dtype in ("float64", "complex128")):
         params = _cases.parameters(jnp.dtype(dtype), matrices=case.matrices)
         # Built anew, as nothing may be remembered from another precision.
         tx = case.build(_cases.ROUTING)
@@ -311,3 +354,35 @@ def test_a_constant_schedule_is_a_constant(name):
 
     # The same arithmetic twice in one program.
     _compare.assert_trees_within(*both(), 1e-6)
+
+
+# A bare array, as in Optax's tests of sharding: a stack of matrices.
+STACK = fo.Routing([fo.Rule("", axes=fo.MatrixAxes(1, 2))], min_dim=2)
+
+
+@every_case
+def test_init_takes_a_bare_shape(case):
+    tx = case.build(STACK)
+    shape = jax.ShapeDtypeStruct((2, 4, 8), jnp.float32)
+    made = tx.init(shape)
+    expected = jax.eval_shape(tx.init, shape)
+    assert jax.tree.structure(made) == jax.tree.structure(expected)
+
+
+@every_case
+def test_the_sharding_of_the_state_is_its_type(case):
+    mesh = jax.make_mesh((8,), ("x",))
+    with jax.set_mesh(mesh):
+        params = jnp.zeros((2, 8, 4), jnp.float16, out_sharding=P(None, "x"))
+        tx = case.build(STACK)
+        types = lambda tree: jax.tree.map(jax.typeof, tree)  # noqa: E731
+        update = lambda state: tx.update(  # noqa: E731
+            params, state, params, **_cases.arguments(case)
+        )
+        state = tx.init(params)
+        updates, after = update(state)
+        assert types(after) == types(state)
+        assert types(updates) == types(params)
+        # The same compiled, in one program.
+        compiled = jax.jit(lambda params: (tx.init(params), update(state)))
+        assert types(compiled(params)) == types((state, (updates, after)))

@@ -103,7 +103,7 @@ def accumulate(
             value_count = value_count + 1
             value_sum = value_sum + jnp.asarray(value, jnp.float32)
 
-        def run(inner_state: Any) -> tuple[Any, Any]:
+        def run(inner_state: Any, updates: Any) -> tuple[Any, Any]:
             """The inner update on the means."""
             mean = jax.tree.map(
                 lambda total, g: (total / micro_step).astype(g.dtype),
@@ -119,12 +119,14 @@ def accumulate(
                 inner_state,
             )
 
-        def wait(inner_state: Any) -> tuple[Any, Any]:
+        def wait(inner_state: Any, updates: Any) -> tuple[Any, Any]:
             """Zeros."""
             return jax.tree.map(jnp.zeros_like, updates), inner_state
 
         full = micro_step >= every
-        results, inner_state = jax.lax.cond(full, run, wait, state.inner_state)
+        # As operands, because outside of `jit` a branch doesn't know the sharding of
+        # the arrays that it closes over.
+        results, inner_state = jax.lax.cond(full, run, wait, state.inner_state, updates)
         return results, AccumulateState(
             micro_step=jnp.where(full, 0, micro_step),
             gradient_sum=jax.tree.map(

@@ -10,7 +10,7 @@ On the kept times, with :math:`\beta_k = 1-\bar\alpha_k/\bar\alpha_{k-1}`:
     \log\sigma_k^2 &= v \log\beta_k + (1-v) \log\tilde\beta_k \\
     x_{k-1} &= \tilde\mu_k + \sigma_k z
 
-Sources:
+Source:
     Ho et al. 2020, "Denoising Diffusion Probabilistic Models", equations 6 and 7 and
     algorithm 2; Nichol & Dhariwal 2021, "Improved Denoising Diffusion Probabilistic
     Models", equation 15, for the learned variance.

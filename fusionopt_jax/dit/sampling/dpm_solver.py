@@ -9,7 +9,7 @@ With :math:`\alpha=\sqrt{\bar\alpha}`, :math:`\sigma=\sqrt{1-\bar\alpha}`,
     D_i &= \hat x_i + \frac{1}{2r_i}\,(\hat x_i-\hat x_{i-1}) \\
     x_{i+1} &= \frac{\sigma_{i+1}}{\sigma_i}\,x_i - \alpha_{i+1}\,(e^{-h_i}-1)\,D_i
 
-Sources:
+Source:
     Lu et al. 2022, "DPM-Solver++", algorithm 2; the grids after Lu et al. 2022,
     "DPM-Solver", section 3.4 and appendix D.4.
 """

@@ -3,7 +3,7 @@ r"""Samplers of a rectified flow: Euler and Heun.
 The flow is :math:`x_t = (1-t)\,x_0 + t\,\epsilon` for :math:`t` from 1 (noise) to 0.
 The network predicts its velocity :math:`v = \mathrm dx/\mathrm dt = \epsilon - x_0`.
 
-Sources:
+Source:
     Liu et al. 2023, "Flow Straight and Fast", algorithm 1 (Euler); Karras et al. 2022,
     "Elucidating the Design Space of Diffusion-Based Generative Models", algorithm 1
     (Heun); Esser et al. 2024, "Scaling Rectified Flow Transformers", equation 23 (the

@@ -6,7 +6,7 @@ r"""Classifier-free guidance: pairs of predictions, pushed apart.
 Both predictions of an image come from one call of the network. They lie side by side in
 its batch, not in two halves: on a batch that is sharded, both are then on one device.
 
-Sources:
+Source:
     Ho & Salimans 2022, "Classifier-Free Diffusion Guidance" (arXiv 2207.12598),
     equation 6 with s = 1 + w; Kynkäänniemi et al. 2024, "Applying Guidance in a Limited
     Interval", for the interval.

@@ -28,6 +28,8 @@ from fusionopt_jax.dit.sampling import METHODS, Sampler
 from fusionopt_jax.dit.sampling.sample import sample
 from fusionopt_jax.dit.weights.pytorch import from_pytorch
 
+_METHODS = tuple(method.method for method in METHODS)
+
 _DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 
 
@@ -64,20 +66,41 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    sampling = commands.add_parser("sample", help="sample images of given labels")
-    sampling.set_defaults(run=_sample)
-    _add_weights(sampling, required=True)
-    add = sampling.add_argument
+    _add_sample(commands.add_parser("sample", help="sample images of given labels"))
+    _add_inspect(
+        commands.add_parser("inspect", help="sizes of a model and of its cache")
+    )
+    return parser
+
+
+def _add_weights(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """Options that say where weights come from."""
+    parser.add_argument(
+        "--weights",
+        required=required,
+        type=pathlib.Path,
+        help="a .pt, .safetensors or .npz file of the published form",
+    )
+    parser.add_argument(
+        "--num-heads", type=int, help="attention heads, for widths not published"
+    )
+    parser.add_argument("--entry", help='part of a training checkpoint, such as "ema"')
+
+
+def _add_sample(parser: argparse.ArgumentParser) -> None:
+    """Options of the command `sample`."""
+    parser.set_defaults(run=_sample)
+    _add_weights(parser, required=True)
+    add = parser.add_argument
     add("--labels", required=True, help="comma-separated classes, such as 207,360")
     add("--count", type=int, default=1, help="images per label (default: 1)")
-    names = [method.method for method in METHODS]
     add(
         "--sampler",
-        type=lambda text: next((name for name in names if name.startswith(text)), text),
-        choices=names,
+        type=_method,
+        choices=_METHODS,
         default="ddim",
-        help=f"{', '.join(names)}, or how one of them begins; euler and heun are for "
-        "flow models (default: ddim)",
+        help=f"{', '.join(_METHODS)}, or how one of them begins; euler and heun are "
+        "for flow models (default: ddim)",
         metavar="METHOD",
     )
     add("--steps", default="50", help="number, or a respacing such as ddim50")
@@ -107,29 +130,6 @@ def _parser() -> argparse.ArgumentParser:
         "without either, there is a cache where it is no larger than they are",
     )
     add("--out", required=True, type=pathlib.Path, help="a .png grid, or .npy images")
-
-    inspect = commands.add_parser("inspect", help="sizes of a model and of its cache")
-    inspect.set_defaults(run=_inspect)
-    _add_weights(inspect, required=False)
-    add = inspect.add_argument
-    add("--model", help="a published size without weights, such as DiT-XL/2")
-    add("--steps", type=int, default=50, help="steps of the cache (default: 50)")
-    add("--labels", type=int, default=1, help="distinct labels of it (default: 1)")
-    return parser
-
-
-def _add_weights(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    """Options that say where weights come from."""
-    parser.add_argument(
-        "--weights",
-        required=required,
-        type=pathlib.Path,
-        help="a .pt, .safetensors or .npz file of the published form",
-    )
-    parser.add_argument(
-        "--num-heads", type=int, help="attention heads, for widths not published"
-    )
-    parser.add_argument("--entry", help='part of a training checkpoint, such as "ema"')
 
 
 def _sample(options: argparse.Namespace) -> None:
@@ -188,6 +188,61 @@ def _wants_cache(
         reason = f"asked for; {reason}"
     sys.stdout.write(f"{'cache' if wanted else 'no cache'}: {reason}\n")
     return wanted
+
+
+def _labels(text: str) -> np.ndarray:
+    """The labels of a comma-separated list."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(
+            f"`--labels` must be whole numbers with commas between, got {text!r}."
+        )
+    return np.array([int(part) for part in parts], np.int32)
+
+
+def _method(text: str) -> str:
+    """The sampler whose name begins like this, if it is one."""
+    found = [name for name in _METHODS if name.startswith(text)]
+    return found[0] if len(found) == 1 else text
+
+
+def _sampler(options: argparse.Namespace) -> Sampler:
+    """The sampler that the options ask for."""
+    make = getattr(Sampler, options.sampler)
+    known = {field.name for field in dataclasses.fields(make) if field.init}
+    settings = {
+        name: value
+        for name in ("shift", "eta", "spacing", "clip")
+        if (value := getattr(options, name)) is not None
+    }
+    for name in settings.keys() - known:
+        raise ValueError(
+            f"`--{name}` has no effect on {options.sampler}; leave it out."
+        )
+    if "respacing" in known:
+        return make(respacing=options.steps, **settings)
+    if not options.steps.isdecimal():
+        raise ValueError(
+            f"`--steps` must be a whole number for {options.sampler}, got "
+            f"{options.steps!r}."
+        )
+    return make(steps=int(options.steps), **settings)
+
+
+def _show_progress(step: int, total: int) -> None:
+    """One line that is written over."""
+    end = "\n" if step == total else ""
+    sys.stderr.write(f"\rstep {step} of {total}{end}")
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    """Options of the command `inspect`."""
+    parser.set_defaults(run=_inspect)
+    _add_weights(parser, required=False)
+    add = parser.add_argument
+    add("--model", help="a published size without weights, such as DiT-XL/2")
+    add("--steps", type=int, default=50, help="steps of the cache (default: 50)")
+    add("--labels", type=int, default=1, help="distinct labels of it (default: 1)")
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -263,45 +318,6 @@ def describe(params: Params, config: DiTConfig, steps: int, labels: int) -> str:
         f"{config.hidden_size + 1}",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _labels(text: str) -> np.ndarray:
-    """The labels of a comma-separated list."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise ValueError(
-            f"`--labels` must be whole numbers with commas between, got {text!r}."
-        )
-    return np.array([int(part) for part in parts], np.int32)
-
-
-def _sampler(options: argparse.Namespace) -> Sampler:
-    """The sampler that the options ask for."""
-    make = getattr(Sampler, options.sampler)
-    known = {field.name for field in dataclasses.fields(make) if field.init}
-    settings = {
-        name: value
-        for name in ("shift", "eta", "spacing", "clip")
-        if (value := getattr(options, name)) is not None
-    }
-    for name in settings.keys() - known:
-        raise ValueError(
-            f"`--{name}` has no effect on {options.sampler}; leave it out."
-        )
-    if "respacing" in known:
-        return make(respacing=options.steps, **settings)
-    if not options.steps.isdecimal():
-        raise ValueError(
-            f"`--steps` must be a whole number for {options.sampler}, got "
-            f"{options.steps!r}."
-        )
-    return make(steps=int(options.steps), **settings)
-
-
-def _show_progress(step: int, total: int) -> None:
-    """One line that is written over."""
-    end = "\n" if step == total else ""
-    sys.stderr.write(f"\rstep {step} of {total}{end}")
 
 
 if __name__ == "__main__":

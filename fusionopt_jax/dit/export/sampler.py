@@ -51,7 +51,7 @@ class ExportedSampler:
         self,
         noise: Float[Array | np.ndarray, "batch height width channels"],
         labels: Int[Array | np.ndarray, " batch"] | Sequence[int],
-        cfg_scale: float = 1.5,
+        cfg_scale: float | None = None,
         *,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "batch height width channels"]:
@@ -60,15 +60,15 @@ class ExportedSampler:
         Args:
             noise: Standard normal, [batch, height, width, channels].
             labels: [batch], each one of `signature["labels"]`.
-            cfg_scale: Guidance scale; without effect if exported with `guided=False`.
+            cfg_scale: Guidance scale, 1.5 if None; for a file exported with `guided`.
             key: Randomness, if `signature["needs_key"]`.
 
         Returns:
             Images, float32, shaped as `noise`.
 
         Raises:
-            ValueError: If a shape does not fit, a label is not in the file, or a key is
-                missing.
+            ValueError: If a shape does not fit, a label is not in the file, a key is
+                missing, or there is a guidance scale for a file that does not guide.
         """
         shape = tuple(self.signature["image_shape"])
         size = self.signature["batch_size"]
@@ -91,7 +91,12 @@ class ExportedSampler:
                 f"`labels` has {missing[0]}, which this file can't sample; it was "
                 f"exported for {known}."
             )
-        inputs = [noise, labels, jnp.float32(cfg_scale)]
+        if cfg_scale is not None and not self.signature["guided"]:
+            raise ValueError(
+                "`cfg_scale` has no effect on this file, which was exported with "
+                "guided=False; leave it out, or export with guidance."
+            )
+        inputs = [noise, labels, jnp.float32(1.5 if cfg_scale is None else cfg_scale)]
         if self.signature["needs_key"]:
             if key is None:
                 raise ValueError(
@@ -159,6 +164,11 @@ def export_sampler(
         _checks.check_integer("batch_size", batch_size, low=1)
     check_variance(config, sampler)
     guidance = Guidance(cfg_channels, guidance_interval)
+    if not guided and guidance != Guidance():
+        raise ValueError(
+            "`cfg_channels` and `guidance_interval` have no effect with guided=False; "
+            "leave them out."
+        )
     null = [config.null_label] if guided else None
     check_cache(cache, params, config, times=sampler.host_times(), labels=null)
     named, rebuild = _arrays_of(as_dict(params), cache)

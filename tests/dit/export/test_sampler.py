@@ -43,11 +43,11 @@ def loaded(exported):
     return dit.load_sampler(exported)
 
 
-def direct(noise, labels, key=None, params=None, sampler=SAMPLER):
+def direct(noise, labels, key=None, params=None, sampler=SAMPLER, scale=4.0):
     """The same request through the library."""
     params = weights() if params is None else params
     cache = dit.build_cache(params, CONFIG, sampler.eval_times(), LABELS)
-    return dit.sample(params, CONFIG, cache, noise, labels, sampler, 4.0, key=key)
+    return dit.sample(params, CONFIG, cache, noise, labels, sampler, scale, key=key)
 
 
 def test_gives_the_images_of_sample_for_any_batch(loaded):
@@ -105,19 +105,28 @@ def test_the_file_says_what_is_in_it(exported, loaded):
     assert held < full + cache - dit.modulator_bytes(CONFIG)
 
 
-def test_half_precision_weights_survive(tmp_path):
+def test_half_precision_weights_survive_without_guidance(tmp_path):
     params = weights(jnp.bfloat16)
     sampler = dit.Sampler.euler(2)
     cache = dit.build_cache(params, CONFIG, sampler.eval_times(), LABELS)
     path = tmp_path / "half.zip"
     dit.export_sampler(
-        path, params, CONFIG, cache, sampler, platforms=["cpu"], batch_size=2
+        path,
+        params,
+        CONFIG,
+        cache,
+        sampler,
+        platforms=["cpu"],
+        batch_size=2,
+        guided=False,
     )
     loaded = dit.load_sampler(path)
     noise = jax.random.normal(jax.random.key(2), (2, 4, 4, 4))
-    expected = direct(noise, LABELS, params=params, sampler=sampler)
+    expected = direct(noise, LABELS, params=params, sampler=sampler, scale=1.0)
     assert {str(array.dtype) for array in loaded.arrays} >= {"bfloat16"}
-    assert_within(loaded(noise, LABELS, 4.0), expected, 1e-5)
+    assert_within(loaded(noise, LABELS), expected, 1e-5)
+    with pytest.raises(ValueError, match="no effect on this file"):
+        loaded(noise, LABELS, 4.0)
     with pytest.raises(ValueError, match=r"\[2, 4, 4, 4\]"):
         loaded(noise[:1], [3])
 
@@ -255,6 +264,10 @@ def test_nothing_is_written_for_a_cache_that_does_not_fit(tmp_path):
         dit.export_sampler(path, other, CONFIG, cache, SAMPLER)
     with pytest.raises(dit.StaleCacheError, match="times"):
         dit.export_sampler(path, params, CONFIG, cache, dit.Sampler.euler(3))
+    with pytest.raises(ValueError, match="no effect with guided=False"):
+        dit.export_sampler(
+            path, params, CONFIG, cache, SAMPLER, guided=False, cfg_channels=3
+        )
     with pytest.raises(ValueError, match="batch_size"):
         dit.export_sampler(path, params, CONFIG, cache, SAMPLER, batch_size=0)
     assert not list(tmp_path.iterdir())

@@ -6,6 +6,7 @@ import functools
 from typing import get_args
 
 import jax
+import jax.extend
 import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
@@ -168,6 +169,31 @@ def test_another_request_of_the_same_bucket_compiles_nothing(name):
     request([3, 7, 3, 10, 3, 7], 1, 2.0)
     with no_compilation():
         request([1, 2, 5, 5, 5, 5], 2, 4.5)
+
+
+@pytest.mark.parametrize("interval", [None, (0.2, 0.8)])
+def test_rows_of_the_cache_are_looked_up_once(interval):
+    sampler = SAMPLERS["euler"]
+    cache = dit.build_cache(weights(), CONFIG, sampler.eval_times(), LABELS)
+
+    def run(labels):
+        request = (cache, noise_for(LABELS), labels, sampler, 2.0)
+        return dit.sample(weights(), CONFIG, *request, guidance_interval=interval)
+
+    def primitives(jaxpr, inside=False):
+        """Every operation, with whether it stands in the loop over the steps."""
+        for equation in jaxpr.eqns:
+            yield equation.primitive.name, inside
+            steps = equation.primitive.name == "scan" and (
+                equation.params["length"] == sampler.steps
+            )
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
+                yield from primitives(inner, inside or steps)
+
+    # Looking a label up is the only search for an index in the program.
+    found = list(primitives(jax.make_jaxpr(run)(LABELS).jaxpr))
+    assert ("argmax", False) in found
+    assert ("argmax", True) not in found
 
 
 def test_a_new_progress_callback_compiles_nothing():

@@ -5,12 +5,14 @@ state holds the fast iterate :math:`z_t`; the average :math:`x_t`, which is depl
 kept or recovered from :math:`y_t = (1-\beta)\,z_t + \beta\,x_t`.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
 from fusionopt_jax._paths import path_keys
 from fusionopt_jax._types import Count, Params, Scalar
+
+Tree = TypeVar("Tree")
 
 
 class ScheduleFreeState(NamedTuple):
@@ -49,7 +51,7 @@ def average_of(state: ScheduleFreeState, params: Params) -> Params:
     )
 
 
-def eval_params(state: Any, params: Params) -> Params:
+def eval_params(state: Any, params: Tree) -> Tree:
     r"""The Schedule-Free average :math:`x_t`: the parameters to evaluate and deploy.
 
     .. math:: x_t = \bigl(y_t - (1-\beta)\,z_t\bigr) / \beta
@@ -61,12 +63,14 @@ def eval_params(state: Any, params: Params) -> Params:
         state: An optimiser state with a Schedule-Free state anywhere in it: inside
             chains, `multi_transform`, `MultiSteps`, `inject_hyperparams`, `polyak`; of
             an `nnx.Optimizer`, its `opt_state`.
-        params: The training parameters :math:`y_t` that belong to it; of an NNX module,
-            `nnx.state(module, nnx.Param)`, and the result is for `nnx.update`.
+        params: The training parameters :math:`y_t` that belong to it, or a whole NNX
+            or Equinox model that holds them.
 
     Returns:
-        A tree like `params`, in its dtypes. Leaves that no Schedule-Free state covers
-        (another group of a `multi_transform`) are returned as they are.
+        A tree like `params`, of its type and in its dtypes. Leaves that no
+        Schedule-Free state covers (another group of a `multi_transform`, functions and
+        counters of a model) are returned as they are. Of an NNX module it is another
+        module; a state made by `nnx.state(module, nnx.Param)` is for `nnx.update`.
 
     Raises:
         ValueError: If there is no Schedule-Free state, or two cover the same leaf.
@@ -84,19 +88,23 @@ def eval_params(state: Any, params: Params) -> Params:
     Source:
         Defazio et al., *The Road Less Scheduled*, arXiv 2405.15682, eq. 1 to 3.
     """
-    average = _read(state, params, average_of, "eval_params")
-    return jax.tree.map(lambda x, y: x.astype(y.dtype), average, params)
+
+    def read(found: ScheduleFreeState, params: Params) -> Params:
+        return _like(average_of(found, params), params)
+
+    return _read(state, params, read, "eval_params")
 
 
-def fast_params(state: Any, params: Params) -> Params:
+def fast_params(state: Any, params: Tree) -> Tree:
     r"""The Schedule-Free fast iterate :math:`z_t`.
 
     Args:
         state: An optimiser state with a Schedule-Free state anywhere in it.
-        params: The training parameters that belong to it.
+        params: The training parameters that belong to it, or a whole model, as for
+            `eval_params`.
 
     Returns:
-        A tree like `params`, in its dtypes.
+        A tree like `params`, of its type and in its dtypes.
 
     Raises:
         ValueError: If there is no Schedule-Free state, or two cover the same leaf.
@@ -109,8 +117,16 @@ def fast_params(state: Any, params: Params) -> Params:
         >>> fo.fast_params(state, params)["w"]
         Array([0.5, 0.5, 0.5], dtype=float32)
     """
-    fast = fast_iterate(state, params)
-    return jax.tree.map(lambda z, y: z.astype(y.dtype), fast, params)
+
+    def read(found: ScheduleFreeState, params: Params) -> Params:
+        return _like(found.z, params)
+
+    return _read(state, params, read, "fast_params")
+
+
+def _like(iterate: Params, params: Params) -> Params:
+    """An iterate in the dtypes of the parameters."""
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), iterate, params)
 
 
 def fast_iterate(state: Any, params: Params) -> Params:
@@ -124,7 +140,7 @@ def schedule_free_states(state: Any) -> list[ScheduleFreeState]:
     return [leaf for leaf in leaves if _is_schedule_free(leaf)]
 
 
-def _read(state: Any, params: Params, read: Any, name: str) -> Params:
+def _read(state: Any, params: Any, read: Any, name: str) -> Any:
     """`params` with what `read` finds for the leaves that a state covers."""
     found = schedule_free_states(state)
     if not found:

@@ -517,5 +517,79 @@ def test_serves_nnx_optimizer_and_its_averages():
             jax.tree.leaves(average), jax.tree.leaves(pure), ROUNDING
         )
     # What a user types to deploy.
+    deployed = fo.eval_params(optimizer.opt_state, model)
     nnx.update(model, fo.eval_params(optimizer.opt_state, params))
     assert loss_fn(model) < first
+    np.testing.assert_array_equal(loss_fn(deployed), loss_fn(model))
+
+
+class NNXModelWithState(NNXModel):
+    """The same with statistics, a random key and a counter among its leaves."""
+
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.norm = nnx.BatchNorm(16, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.dropout(self.norm(super().__call__(x)))
+
+
+def test_the_average_of_a_whole_nnx_module_is_a_module():
+    model = NNXModelWithState(nnx.Rngs(0))
+    tx = fo.schedule_free(optax.identity(), 0.5, b1=0.5)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    grads = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+    for _ in range(2):
+        optimizer.update(model, grads)
+    before = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    deployed = fo.eval_params(optimizer.opt_state, model)
+    assert type(deployed) is NNXModelWithState
+    average = fo.eval_params(optimizer.opt_state, nnx.state(model, nnx.Param))
+    _compare.assert_trees_identical(
+        nnx.to_pure_dict(nnx.state(deployed, nnx.Param)), nnx.to_pure_dict(average)
+    )
+    # What is not trained is as it was, and so is the module that goes on training.
+    for other in (nnx.BatchStat, nnx.RngState):
+        kept, old = nnx.state(deployed, other), nnx.state(model, other)
+        assert jax.tree.leaves(kept) == jax.tree.leaves(old) or jax.tree.all(
+            jax.tree.map(lambda a, b: bool(jnp.all(a == b)), kept, old)
+        )
+    _compare.assert_trees_identical(
+        nnx.to_pure_dict(nnx.state(model, nnx.Param)), before
+    )
+    assert not np.array_equal(
+        average["first"]["kernel"][...], before["first"]["kernel"]
+    )
+    # Its other leaves are no parameters, which only `wrt` tells the optimiser.
+    with pytest.raises(ValueError, match=r"'dropout/rngs/.*nnx\.state\(model"):
+        tx.init(nnx.state(model))
+
+
+def test_numbers_of_an_nnx_state_have_the_names_of_any_other():
+    model = NNXModel(nnx.Rngs(0))
+    tx = fo.fusion_opt(1e-2, routing=fo.Routing(min_dim=8))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    plain = fo.diagnostics(tx.init(nnx.to_pure_dict(nnx.state(model, nnx.Param))))
+    numbers = fo.diagnostics(optimizer.opt_state)
+    assert set(numbers) == set(plain)
+    assert "polyak/step_size" in numbers
+
+
+def test_an_equinox_model_is_refused_where_it_must_be_filtered():
+    model = eqx.nn.MLP(16, 16, 24, 1, activation=jax.nn.gelu, key=jax.random.key(0))
+    params = eqx.filter(model, eqx.is_inexact_array)
+    routing = fo.Routing(min_dim=8, layout="out_in")
+    tx = fo.fusion_opt(1e-2, routing=routing)
+    state = tx.init(params)
+    refused = r"'activation' is no array.*eqx\.filter\(model, eqx\.is_inexact_array\)"
+    with pytest.raises(ValueError, match=refused):
+        routing.table(model)
+    with pytest.raises(ValueError, match=refused):
+        tx.init(model)
+    # The average alone is put into a whole model.
+    deployed = fo.eval_params(state, model)
+    assert deployed.activation is model.activation
+    _compare.assert_trees_identical(
+        eqx.filter(deployed, eqx.is_inexact_array), fo.eval_params(state, params)
+    )

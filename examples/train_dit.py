@@ -21,7 +21,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from dit_training import optimizers, options, report, sampling, training
+from dit_training import files, optimizers, options, report, sampling, training
 from dit_training.checkpoints import Checkpoints
 from dit_training.data import Dataset, load
 from dit_training.errors import RunError
@@ -52,58 +52,47 @@ def run(settings: options.Settings, folder: Path, *, resume: bool) -> None:
     """Train, sample, measure; everything worth keeping lands in `folder`."""
     data = load(settings.data)
     model = options.model_config(settings, data)
-    config = options.full_config(settings, data, model)
-    start = partial(training.init_state, model, settings.optimizer, settings.seed)
-    shapes = jax.eval_shape(start)
+    with files.claimed(folder):
+        if not resume and options.has_checkpoint(folder):
+            raise RunError(
+                f"--out {folder}: it already holds a run; continue it with --resume, "
+                "or give another folder"
+            )
+        checkpoints = Checkpoints(
+            folder / "checkpoints", options.full_config(settings, data, model)
+        )
+        state = first_state(settings, model, checkpoints, resume)
+        # Written only now: a refused --resume must leave the folder as it was.
+        write_json(folder / "config.json", checkpoints.config)
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(
-            f"--out {folder}: cannot be made ({error.strerror}); give another folder"
-        ) from error
-    checkpoints = Checkpoints(
-        folder / "checkpoints", config, optimizers.ROUTING.fingerprint(shapes.params)
-    )
-    state = checkpoints.restore(shapes) if resume else start()
+        weights = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        print(
+            f"{len(data.train_images)} images of {len(data.class_names)} classes to "
+            f"train on, {len(data.held_out_images)} held out; {weights:,} weights; "
+            f"{settings.optimizer}, learning rate {settings.learning_rate:g}"
+        )
+        metrics = report.MetricsFile(folder / "metrics.csv", int(state.step))
+        state = train(state, settings, model, data, metrics, checkpoints, folder)
+        measure(state, settings, model, data, folder)
+
+
+def first_state(
+    settings: options.Settings,
+    model: dit.DiTConfig,
+    checkpoints: Checkpoints,
+    resume: bool,
+) -> training.TrainState:
+    """A fresh state, or that of the checkpoint to go on from."""
+    start = partial(training.init_state, model, settings.optimizer, settings.seed)
+    if not resume:
+        return start()
+    state = checkpoints.restore(jax.eval_shape(start))
     if int(state.step) > settings.steps:
         raise RunError(
-            f"--steps {settings.steps}: {folder} is at step {int(state.step)} already; "
-            "give at least as many"
+            f"--steps {settings.steps}: {checkpoints.folder} is at step "
+            f"{int(state.step)} already; give at least as many"
         )
-    # Written only now: a refused --resume must leave the folder as it was.
-    write_json(folder / "config.json", config)
-
-    weights = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    print(
-        f"{len(data.train_images)} images of {len(data.class_names)} classes to train "
-        f"on, {len(data.held_out_images)} held out; {weights:,} weights; "
-        f"{settings.optimizer}, learning rate {settings.learning_rate:g}"
-    )
-    metrics = report.MetricsFile(folder / "metrics.csv", int(state.step))
-    state = train(state, settings, model, data, metrics, checkpoints, folder)
-    rows = report.read_metrics(metrics.path)
-    report.plot_losses(rows, settings.optimizer, folder / "loss.png")
-
-    params = optimizers.deployed(settings.optimizer, state.opt_state, state.params)
-    validation = [
-        row.validation_loss for row in rows if row.validation_loss is not None
-    ]
-    summary = {
-        "optimizer": settings.optimizer,
-        "steps": int(state.step),
-        "validation_loss": validation[-1],
-        **sampling.measure(params, model, data, settings, folder / "samples.png"),
-        "training_seconds": rows[-1].seconds,
-    }
-    write_json(folder / "summary.json", summary)
-    print(summary_text(summary, folder))
-    if summary["max_cache_difference"] > sampling.CACHE_TOLERANCE:
-        raise RunError(
-            f"samples with and without the cache differ by "
-            f"{summary['max_cache_difference']:.1e}, more than "
-            f"{sampling.CACHE_TOLERANCE:g}; please report it with {folder}/config.json"
-        )
+    return state
 
 
 def train(
@@ -172,6 +161,37 @@ def train(
                     f"step {step} is saved, continue with --resume --out {folder}"
                 )
     return state
+
+
+def measure(
+    state: training.TrainState,
+    settings: options.Settings,
+    model: dit.DiTConfig,
+    data: Dataset,
+    folder: Path,
+) -> None:
+    """Sample the deployed weights and judge them; the figures land in summary.json."""
+    rows = report.read_metrics(folder / "metrics.csv")
+    report.plot_losses(rows, settings.optimizer, folder / "loss.png")
+    params = optimizers.deployed(settings.optimizer, state.opt_state, state.params)
+    validation = [
+        row.validation_loss for row in rows if row.validation_loss is not None
+    ]
+    summary = {
+        "optimizer": settings.optimizer,
+        "steps": int(state.step),
+        "validation_loss": validation[-1],
+        **sampling.measure(params, model, data, settings, folder / "samples.png"),
+        "training_seconds": rows[-1].seconds,
+    }
+    write_json(folder / "summary.json", summary)
+    print(summary_text(summary, folder))
+    if summary["max_cache_difference"] > sampling.CACHE_TOLERANCE:
+        raise RunError(
+            f"samples with and without the cache differ by "
+            f"{summary['max_cache_difference']:.1e}, more than "
+            f"{sampling.CACHE_TOLERANCE:g}; please report it with {folder}/config.json"
+        )
 
 
 def check_losses(
@@ -251,7 +271,7 @@ def summary_text(summary: dict, folder: Path) -> str:
 
 def write_json(path: Path, content: dict) -> None:
     """Write a readable JSON file."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    files.write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,12 @@ class Component(NamedTuple):
     kind: str
     number: int
 
+    @property
+    def title(self) -> str:
+        """The component as errors and reports name it, such as `spectral/NS5State`."""
+        number = f" #{self.number + 1}" if self.number else ""
+        return "/".join((*self.group, self.kind or "state")) + number
+
 
 class Entry(NamedTuple):
     """One leaf of a state.
@@ -88,3 +94,10 @@ def children_of(node: Any) -> list[tuple[KeyPath, Any]] | None:
 def is_named_tuple(node: Any) -> bool:
     """Whether a node is an instance of a NamedTuple class."""
     return isinstance(node, tuple) and hasattr(node, "_fields")
+
+
+def named_tuple_classes(tree: Any) -> set[type]:
+    """The NamedTuple classes that a tree is kept in."""
+    own = {type(tree)} if is_named_tuple(tree) else set()
+    children = children_of(tree) or []
+    return own.union(*(named_tuple_classes(child) for _, child in children))

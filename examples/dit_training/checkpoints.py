@@ -1,16 +1,18 @@
 """Checkpoints of a run, and the refusal to continue a different one."""
 
 import logging
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from dit_training import optimizers
 from dit_training.errors import RunError
 from dit_training.training import TrainState, all_finite
+from fusionopt_jax import checkpoints
 
 KEPT = 2
 
@@ -21,17 +23,11 @@ MAY_CHANGE = ("eval_every", "data.source", "sampling.", "versions.")
 class Checkpoints:
     """The folder `checkpoints` of a run: the two latest states that were finite."""
 
-    def __init__(self, folder: Path, config: dict[str, Any], fingerprint: str):
-        # Orbax reports every routine step of its work as a warning or info of absl.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+    def __init__(self, folder: Path, config: dict[str, Any]):
         self.folder = folder
         self.config = config
-        self.fingerprint = fingerprint
-        self.manager = ocp.CheckpointManager(
-            folder.resolve(),
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=KEPT, enable_async_checkpointing=False
-            ),
+        self.manager = open_manager(
+            folder, max_to_keep=KEPT, enable_async_checkpointing=False
         )
 
     def latest(self) -> int | None:
@@ -40,51 +36,79 @@ class Checkpoints:
 
     def save(self, state: TrainState, deployed: Any) -> bool:
         """Write a state and its deployable weights, unless a number is not finite."""
-        step = int(state.step)
         if not all_finite((state, deployed)):
             return False
-        if step != self.latest():
-            self.manager.save(
-                step,
-                args=ocp.args.Composite(
-                    train=ocp.args.StandardSave(state._asdict()),
-                    deployed=ocp.args.StandardSave(deployed),
-                    about=ocp.args.JsonSave(
-                        {"config": self.config, "routing": self.fingerprint}
-                    ),
-                ),
+        if int(state.step) != self.latest():
+            checkpoints.save(
+                self.manager,
+                int(state.step),
+                state.params,
+                state.opt_state,
+                routing=optimizers.ROUTING,
+                deployed=deployed,
+                about=self.config,
             )
         return True
 
     def restore(self, shapes: TrainState) -> TrainState:
-        """The newest state, if it comes from the same settings and routing.
+        """The newest state that is as it was saved, by the same settings and routing.
 
-        `shapes` is the state that a fresh run would start from, or its shapes.
+        `shapes` is the state that a fresh run would start from, or its shapes. Newer
+        checkpoints that are damaged are reported and removed: the run writes them anew.
         """
-        step = self.latest()
-        about = self.manager.restore(
-            step, args=ocp.args.Composite(about=ocp.args.JsonRestore())
-        ).about
-        changed = differences(about["config"], self.config)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", checkpoints.DamagedCheckpointWarning)
+                found = checkpoints.restore(
+                    self.manager,
+                    shapes.params,
+                    shapes.opt_state,
+                    routing=optimizers.ROUTING,
+                    check=self.check_config,
+                )
+        except (checkpoints.DamagedCheckpointError, OSError, ValueError) as error:
+            raise RunError(f"--resume: {' '.join(str(error).split())}") from error
+        for step, reason in found.skipped.items():
+            print(
+                f"train_dit.py: {self.folder / str(step)} is damaged ({reason}); going "
+                f"on from step {found.step}",
+                file=sys.stderr,
+            )
+            self.manager.delete(step)
+        return TrainState(jnp.int32(found.step), found.params, found.opt_state)
+
+    def check_config(self, saved: dict[str, Any]) -> None:
+        """Refuse a checkpoint of other settings, and list them."""
+        changed = differences(saved, self.config)
         if changed:
             raise RunError(
-                f"--resume: {self.folder / str(step)} comes from another config: "
+                f"--resume: {self.folder} comes from another config: "
                 f"{'; '.join(changed)}; give the same settings or another --out"
             )
-        try:
-            optimizers.ROUTING.check(shapes.params, about["routing"])
-        except ValueError as error:
-            raise RunError(f"--resume: {' '.join(str(error).split())}") from error
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
-            shapes._asdict(),
-        )
-        restored = self.manager.restore(
-            step, args=ocp.args.Composite(train=ocp.args.StandardRestore(abstract))
-        ).train
-        # Orbax pins arrays to their device, for which the step would be compiled anew.
-        return TrainState(**jax.tree.map(jnp.asarray, jax.device_get(restored)))
+
+
+def open_manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
+    """Orbax's manager of a folder."""
+    # Orbax logs every routine step of its work, and of an error what it also raises;
+    # asyncio, the errors of the reads that were under way with the first that failed.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    return ocp.CheckpointManager(
+        folder.resolve(), options=ocp.CheckpointManagerOptions(**options)
+    )
+
+
+def saved_config(folder: Path) -> dict[str, Any]:
+    """The config in the newest checkpoint of a folder that can be read."""
+    try:
+        with (
+            open_manager(folder, read_only=True) as manager,
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore", checkpoints.DamagedCheckpointWarning)
+            return checkpoints.read_about(manager)
+    except (checkpoints.DamagedCheckpointError, OSError) as error:
+        raise RunError(f"--resume: {' '.join(str(error).split())}") from error
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

@@ -4,12 +4,13 @@ import argparse
 import dataclasses
 import json
 import math
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
 import fusionopt_jax as fo
-from dit_training import optimizers
+from dit_training import checkpoints, optimizers
 from dit_training.data import Dataset
 from dit_training.errors import RunError
 from fusionopt_jax import dit
@@ -163,11 +164,6 @@ def resolve(given: argparse.Namespace) -> tuple[Settings, Path]:
         options = saved_options(folder) | options
     else:
         folder = given.out or free_folder(options.get("optimizer", "fusion"))
-        if has_checkpoint(folder):
-            raise RunError(
-                f"--out {folder}: it already holds a run; continue it with --resume, "
-                "or give another folder"
-            )
     settings = Settings(**options)
     if math.isnan(settings.learning_rate):
         rate = optimizers.LEARNING_RATES[settings.optimizer]
@@ -181,7 +177,7 @@ def resolve(given: argparse.Namespace) -> tuple[Settings, Path]:
 
 
 def saved_options(folder: Path) -> dict[str, Any]:
-    """The settings of a run, as its config.json has them."""
+    """The settings of a run, as its config.json or its newest checkpoint has them."""
     path = folder / "config.json"
     if not has_checkpoint(folder):
         raise RunError(
@@ -189,15 +185,19 @@ def saved_options(folder: Path) -> dict[str, Any]:
             "without --resume"
         )
     try:
-        config = json.loads(path.read_text())
-        return {
-            field.name: config[field.name] for field in dataclasses.fields(Settings)
-        }
+        return settings_in(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(
-            f"--resume: {path} cannot be read ({error!r}); restore it, or start the "
-            "run in another --out"
-        ) from error
+        print(
+            f"train_dit.py: {path} cannot be read ({error!r}); taking the settings "
+            "from the checkpoint",
+            file=sys.stderr,
+        )
+    return settings_in(checkpoints.saved_config(folder / "checkpoints"))
+
+
+def settings_in(config: dict[str, Any]) -> dict[str, Any]:
+    """The options among all that config.json says."""
+    return {field.name: config[field.name] for field in dataclasses.fields(Settings)}
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -209,18 +209,14 @@ def has_checkpoint(folder: Path) -> bool:
 
 
 def newest_run() -> Path:
-    """The run under `runs/` that was started or continued last."""
-    found = [
-        path.parent
-        for path in RUNS.glob("*/config.json")
-        if has_checkpoint(path.parent)
-    ]
+    """The run under `runs/` that wrote a checkpoint last."""
+    found = [folder for folder in RUNS.glob("*") if has_checkpoint(folder)]
     if not found:
         raise RunError(
             f"--resume: no run with a checkpoint under {RUNS}/; name its folder with "
             "--out"
         )
-    return max(found, key=lambda folder: (folder / "config.json").stat().st_mtime)
+    return max(found, key=lambda folder: (folder / "checkpoints").stat().st_mtime)
 
 
 def free_folder(optimizer: str) -> Path:

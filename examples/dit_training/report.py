@@ -1,12 +1,14 @@
 """What a run leaves for people to look at: a table, a curve and a grid of images."""
 
-import csv
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
+
+from dit_training.errors import RunError
+from dit_training.files import write_whole
 
 COLUMNS = 10
 ROWS = 4
@@ -41,43 +43,45 @@ class MetricsFile:
         kept = [row for row in read_metrics(path) if row.step <= upto]
         self.last = kept[-1] if kept else Row(0, 0.0, 0.0, None, 0.0)
         self.path = path
-        with path.open("w", newline="") as file:
-            csv.writer(file).writerow(Row._fields)
-        self.add(kept)
+        write_whole(path, ",".join(Row._fields) + "\n" + "".join(map(line_of, kept)))
 
     def add(self, rows: list[Row]) -> None:
-        """Append rows; they are on the disk when this returns."""
+        """Append rows; they are in the file when this returns."""
         with self.path.open("a", newline="") as file:
-            for row in rows:
-                csv.writer(file).writerow(
-                    [
-                        row.step,
-                        f"{row.loss:.7g}",
-                        f"{row.step_size:.7g}",
-                        ""
-                        if row.validation_loss is None
-                        else f"{row.validation_loss:.7g}",
-                        f"{row.seconds:.2f}",
-                    ]
-                )
-            self.last = rows[-1] if rows else self.last
+            file.write("".join(map(line_of, rows)))
+        self.last = rows[-1] if rows else self.last
+
+
+def line_of(row: Row) -> str:
+    """A row as it stands in the file."""
+    measured = "" if row.validation_loss is None else f"{row.validation_loss:.7g}"
+    return (
+        f"{row.step},{row.loss:.7g},{row.step_size:.7g},{measured},{row.seconds:.2f}\n"
+    )
 
 
 def read_metrics(path: Path) -> list[Row]:
     """The rows of a `metrics.csv`; none where there is no such file."""
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        return [
-            Row(
-                int(line["step"]),
-                float(line["loss"]),
-                float(line["step_size"]),
-                float(line["validation_loss"]) if line["validation_loss"] else None,
-                float(line["seconds"]),
+    text = path.read_text()
+    # A process that was killed while it wrote leaves part of a row behind.
+    whole = text[: text.rfind("\n") + 1]
+    rows = []
+    for number, line in enumerate(whole.splitlines()[1:], start=2):
+        try:
+            step, loss, step_size, measured, seconds = line.split(",")
+            validation = float(measured) if measured else None
+            rows.append(
+                Row(
+                    int(step), float(loss), float(step_size), validation, float(seconds)
+                )
             )
-            for line in csv.DictReader(file)
-        ]
+        except ValueError as error:
+            raise RunError(
+                f"{path}, line {number}: {line!r} is no row of it; correct or remove it"
+            ) from error
+    return rows
 
 
 def plot_losses(rows: list[Row], title: str, path: Path) -> None:

@@ -13,8 +13,7 @@ from fusionopt_jax._paths import path_name
 from fusionopt_jax._states import (
     Component,
     Entry,
-    children_of,
-    is_named_tuple,
+    named_tuple_classes,
     state_entries,
 )
 from fusionopt_jax._types import Array, Params
@@ -124,7 +123,7 @@ def _carry(
     new_state: Any, params: Params, old_state: Any
 ) -> tuple[list[Any], WarmStartReport]:
     """The leaves of the new state with what the old one has, and the report."""
-    containers = _named_tuples(params)
+    containers = named_tuple_classes(params)
     new = state_entries(new_state, containers)
     old = state_entries(_with_average(old_state, new_state, params), containers)
     _check_groups(new, old, params)
@@ -138,13 +137,13 @@ def _carry(
             leaves.append(entry.leaf)
         elif component not in components:
             leaves.append(entry.leaf)
-            started.append(_title(component))
+            started.append(component.title)
         elif field not in components[component]:
             leaves.append(entry.leaf)
-            started.append(f"{_title(component)}.{field}")
+            started.append(f"{component.title}.{field}")
         else:
             leaves.append(_checked(entry, known.get((component, entry.path))))
-            carried.append(_title(component))
+            carried.append(component.title)
     if not carried:
         raise ValueError(
             "`warm_start` found nothing to carry: the old state (of type "
@@ -154,7 +153,7 @@ def _carry(
         )
     new_components = _fields(new)
     dropped = [
-        _title(component)
+        component.title
         for component in components
         if component not in new_components and component.kind not in _NEVER_CARRIED
     ]
@@ -163,7 +162,7 @@ def _carry(
 
 def _checked(entry: Entry, old: Array | None) -> Array:
     """An old leaf in the new leaf's dtype, if it is there and of the same shape."""
-    name = f"{_title(entry.component)}.{path_name(entry.path)}"
+    name = f"{entry.component.title}.{path_name(entry.path)}"
     if old is None:
         raise ValueError(
             f"`warm_start`: the old state has no {name}, but other leaves of that "
@@ -224,7 +223,7 @@ def _check_unambiguous(new: list[Entry], old: list[Entry]) -> None:
         group, kind = key
         if before[key] != now[key] and kind not in _NEVER_CARRIED:
             raise ValueError(
-                f"`warm_start`: {_title(Component(group, kind, 0))} occurs "
+                f"`warm_start`: {Component(group, kind, 0).title} occurs "
                 f"{before[key]} times in the old state and {now[key]} times in the new "
                 "one, so nothing says which goes on as which. Keep their number."
             )
@@ -263,13 +262,6 @@ def _unrecoverable(state: ScheduleFreeState) -> bool:
     return state.x is not None and float(np.asarray(state.b1)) == 0.0
 
 
-def _named_tuples(params: Params) -> set[type]:
-    """The NamedTuple classes that the parameters are kept in."""
-    own = {type(params)} if is_named_tuple(params) else set()
-    children = children_of(params) or []
-    return own.union(*(_named_tuples(child) for _, child in children))
-
-
 def _fields(found: list[Entry]) -> dict[Component, set[str]]:
     """Every component, and which of its fields have leaves."""
     components: dict[Component, set[str]] = {}
@@ -281,12 +273,6 @@ def _fields(found: list[Entry]) -> dict[Component, set[str]]:
 def _field(entry: Entry) -> str:
     """The field of a component that holds a leaf."""
     return path_name(entry.path[:1])
-
-
-def _title(component: Component) -> str:
-    """A component as errors and reports name it."""
-    number = f" #{component.number + 1}" if component.number else ""
-    return "/".join((*component.group, component.kind or "state")) + number
 
 
 def _listed(groups: set[str]) -> str:

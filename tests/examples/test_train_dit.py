@@ -2,7 +2,11 @@
 
 import csv
 import json
+import resource
+import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import chex
@@ -13,7 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 import train_dit
 from benchmarks import compare_optimizers
-from dit_training import data, optimizers, quality, report, sampling, training
+from dit_training import data, files, optimizers, quality, report, sampling, training
 from dit_training.errors import RunError
 from PIL import Image
 
@@ -73,9 +77,10 @@ def saved_state(folder):
     """The newest checkpoint of a run, read without the script's own code."""
     manager = ocp.CheckpointManager((folder / "checkpoints").resolve())
     step = manager.latest_step()
-    arguments = ocp.args.Composite(train=ocp.args.StandardRestore())
+    items = {name: ocp.args.StandardRestore() for name in ("params", "opt_state")}
     with jax.default_device(jax.devices()[0]):
-        return step, manager.restore(step, args=arguments).train
+        restored = manager.restore(step, args=ocp.args.Composite(**items))
+    return step, {name: restored[name] for name in items}
 
 
 def rows(folder):
@@ -187,6 +192,99 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(
     assert "--learning-rate" in message
     assert training.all_finite(state)
     assert not (tmp_path / "summary.json").exists()
+
+
+def empty_config(folder):
+    """What a full disk leaves of a file that is written in place."""
+    (folder / "config.json").write_text("")
+
+
+def flip_the_newest_weights(folder):
+    """Damage every data file of the newest checkpoint's parameters."""
+    step = saved_state(folder)[0]
+    for path in (folder / "checkpoints" / str(step) / "params" / "d").iterdir():
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (empty_config, "config.json cannot be read"),
+        (flip_the_newest_weights, "checkpoints/6 is damaged"),
+    ],
+)
+def test_a_harmed_run_goes_on_and_says_so(
+    harm, says, finished, tmp_path, capsys, without_sampling
+):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    harm(folder)
+    capsys.readouterr()
+    assert train_dit.main(["--out", str(folder), "--resume"]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if says in line]
+    assert len(lines) == 1
+    assert json.loads((folder / "config.json").read_text()) == json.loads(
+        (finished / "config.json").read_text()
+    )
+    chex.assert_trees_all_equal(saved_state(folder)[1], saved_state(finished)[1])
+
+
+def test_a_full_disk_leaves_files_as_they_were(tmp_path):
+    path = tmp_path / "config.json"
+    files.write_whole(path, "before")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Past the limit a write fails, as on a full disk; the signal would end the process.
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with pytest.raises(RunError, match=r"config\.json cannot be written") as caught:
+            files.write_whole(path, "after")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
+    assert "as it was" in str(caught.value)
+    assert path.read_text() == "before"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_second_run_in_one_folder_is_refused(images, tmp_path, capsys):
+    with files.claimed(tmp_path):
+        assert run(images, tmp_path) == 2
+    assert "another run is writing to it" in error_line(capsys)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["lock"]
+
+
+def test_a_killed_run_leaves_its_folder_free(tmp_path):
+    program = (
+        "import sys, time; from dit_training import files\n"
+        f"with files.claimed(files.Path({str(tmp_path)!r})):\n"
+        "    print('claimed', flush=True); time.sleep(600)"
+    )
+    examples = Path(train_dit.__file__).parent
+    with subprocess.Popen(
+        [sys.executable, "-c", program], cwd=examples, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout.readline() == b"claimed\n"
+        with pytest.raises(RunError, match="another run"), files.claimed(tmp_path):
+            pass
+        process.kill()
+        process.wait()
+        with files.claimed(tmp_path):
+            pass
+
+
+def test_part_of_a_row_is_dropped_and_a_wrong_one_named(tmp_path):
+    path = tmp_path / "metrics.csv"
+    metrics = report.MetricsFile(path, 0)
+    metrics.add([report.Row(step, 0.5, 1.0, None, 2.0) for step in (1, 2)])
+    with path.open("a") as file:
+        file.write("3,0.4")
+    assert [row.step for row in report.read_metrics(path)] == [1, 2]
+    path.write_text(path.read_text().replace("2,0.5", "2,half"))
+    with pytest.raises(RunError, match=r"metrics\.csv, line 3"):
+        report.read_metrics(path)
 
 
 def test_another_config_is_refused_and_changes_nothing(finished, capsys):

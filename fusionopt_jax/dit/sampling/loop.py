@@ -173,7 +173,7 @@ def _check_conditions(sampler: Sampler, conditions: Any) -> None:
             name = f"conditions{jax.tree_util.keystr(path)}"
             raise ValueError(
                 f"`{name}` must have a leading axis of {count}, one slice per time of "
-                f"`sampler.eval_times()`, got {_checks.shape_text(leaf)}."
+                f"`sampler.eval_times()`, got {_checks.shape_text(jnp.asarray(leaf))}."
             )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from fusionopt_jax import __version__
 from fusionopt_jax._checks import did_you_mean
+from fusionopt_jax._paths import named_leaves
 from fusionopt_jax._types import Params
 from fusionopt_jax.dit.cache.dit import build_cache, distinct_labels, strip_modulators
 from fusionopt_jax.dit.cache.size import cache_bytes, modulator_bytes, size_text
@@ -282,15 +283,15 @@ def describe(params: Params, config: DiTConfig, steps: int, labels: int) -> str:
         >>> print(describe(init_params(config), config, 10, 1).splitlines()[-1])
         a cache is smaller than the modulators while steps x labels < 33
     """
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+    leaves = named_leaves(params)
     rows = [
         (
-            jax.tree_util.keystr(path, simple=True, separator="/"),
+            name,
             "x".join(str(size) for size in leaf.shape),
             str(leaf.dtype),
             leaf.size,
         )
-        for path, leaf in leaves
+        for name, leaf in leaves
     ]
     total = sum(row[3] for row in rows)
     size = sum(leaf.size * leaf.dtype.itemsize for _, leaf in leaves)

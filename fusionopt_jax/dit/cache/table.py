@@ -27,6 +27,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt32
 
 from fusionopt_jax._digest import array_digest
+from fusionopt_jax._paths import named_leaves, path_name
 from fusionopt_jax._types import Params, PyTree
 from fusionopt_jax.dit.cache.dit import StaleCacheError, schedule_times
 from fusionopt_jax.dit.cache.use import label_rows
@@ -123,10 +124,11 @@ def build_table(
     def unfold(path: Any, leaf: Array) -> Array:
         """Split the axis of rows into times and labels."""
         if leaf.ndim == 0 or leaf.shape[0] != rows:
+            name = path_name(path)
             raise ValueError(
                 f"`modulate` returned shape {leaf.shape} at "
-                f"{jax.tree_util.keystr(path) or 'its only leaf'}; each leaf must "
-                f"start with one axis of rows, here {rows}."
+                f"{repr(name) if name else 'its only leaf'}; each leaf must start with "
+                f"one axis of rows, here {rows}."
             )
         leaf = leaf.reshape(len(times), len(distinct), *leaf.shape[1:])
         return leaf if dtype is None else leaf.astype(dtype)
@@ -170,8 +172,7 @@ def check_table(
         )
     changed = np.any(digests != held, axis=1)
     if changed.any():
-        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(weights)]
-        name = jax.tree_util.keystr(paths[int(np.argmax(changed))])
+        name, _ = named_leaves(weights)[int(np.argmax(changed))]
         raise StaleCacheError(
             f"the table was built from other weights: {name} changed since; build it "
             "again with `build_table` from the weights in use."

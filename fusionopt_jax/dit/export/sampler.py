@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from fusionopt_jax import _checks
+from fusionopt_jax._paths import named_leaves
 from fusionopt_jax._types import Params
 from fusionopt_jax.dit.cache.dit import TimeConditioningCache
 from fusionopt_jax.dit.cache.use import check_cache
@@ -269,8 +270,7 @@ def _arrays_of(
     }
     tree = (weights, (cache.block, cache.final, cache.labels))
     leaves, structure = jax.tree.flatten(tree)
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(weights)]
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
+    names = [name for name, _ in named_leaves(weights)]
     names += ["cache/block", "cache/final", "cache/labels"]
 
     def rebuild(arrays: list[Array]) -> Any:

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from fusionopt_jax import _checks
+from fusionopt_jax._paths import named_leaves
 from fusionopt_jax.dit.sampling.sampler import At, Prediction, Sampler
 
 
@@ -168,9 +169,9 @@ class _Slices(NamedTuple):
 def _check_conditions(sampler: Sampler, conditions: Any) -> None:
     """Require a slice for each time."""
     count = len(sampler.host_times())
-    for path, leaf in jax.tree_util.tree_leaves_with_path(conditions):
+    for path, leaf in named_leaves(conditions):
         if jnp.ndim(leaf) == 0 or len(leaf) != count:
-            name = f"conditions{jax.tree_util.keystr(path)}"
+            name = f"conditions/{path}" if path else "conditions"
             raise ValueError(
                 f"`{name}` must have a leading axis of {count}, one slice per time of "
                 f"`sampler.eval_times()`, got {_checks.shape_text(jnp.asarray(leaf))}."

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fusionopt_jax._paths import named_leaves
 from fusionopt_jax._types import Params
 from fusionopt_jax.dit.config import TIME_FEATURES, DiTConfig
 from fusionopt_jax.dit.network.embeddings import position_embedding
@@ -298,14 +299,8 @@ def _check_positions(table: np.ndarray, config: DiTConfig) -> None:
 def _check_params(params: Params, config: DiTConfig) -> None:
     """Require the parameters to have the sizes of the config."""
     expected = jax.eval_shape(lambda: init_params(config))
-    wanted = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
-        for path, leaf in jax.tree_util.tree_leaves_with_path(expected)
-    }
-    held = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): np.shape(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
+    wanted = {name: leaf.shape for name, leaf in named_leaves(expected)}
+    held = {name: np.shape(leaf) for name, leaf in named_leaves(params)}
     problems = [
         f"{name} has shape {held[name]} instead of {shape}"
         if name in held

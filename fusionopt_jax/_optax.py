@@ -1,5 +1,6 @@
 """The one place where Optax's types are widened."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fusionopt_jax._leaves import check_leaves, copied, is_abstract
+from fusionopt_jax._leaves import check_arrays, check_leaves, copied, is_abstract
 
 TransformLike = optax.GradientTransformation | optax.GradientTransformationExtraArgs
 
@@ -15,8 +16,20 @@ TransformLike = optax.GradientTransformation | optax.GradientTransformationExtra
 def transformation(
     init_fn: Callable[..., Any], update_fn: Callable[..., Any]
 ) -> optax.GradientTransformationExtraArgs:
-    """An Optax transformation whose functions may name their own state class."""
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    """An Optax transformation whose functions may name their own state class.
+
+    A model given for its parameters is refused with the remedy, before Optax or a map
+    over trees complains of their structure.
+    """
+
+    @functools.wraps(update_fn)
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        check_arrays("update", params)
+        return update_fn(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update)
 
 
 def accepting_extra_args(

@@ -593,3 +593,16 @@ def test_an_equinox_model_is_refused_where_it_must_be_filtered():
     _compare.assert_trees_identical(
         eqx.filter(deployed, eqx.is_inexact_array), fo.eval_params(state, params)
     )
+
+
+@every_case
+def test_parameters_that_are_no_arrays_are_refused_in_an_update(case):
+    params, grads, state = _cases.start(case)
+    if not case.params:
+        return
+    tx = _cases.transformation(case)
+    for tree in (grads, {**grads, "odd": None}):
+        with pytest.raises(ValueError, match="'odd' is no array"):
+            tx.update(
+                tree, state, params | {"odd": jax.nn.gelu}, **_cases.arguments(case)
+            )

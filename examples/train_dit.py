@@ -21,7 +21,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from dit_training import files, optimizers, options, report, sampling, training
+from dit_training import folders, optimizers, options, report, sampling, training
 from dit_training.checkpoints import Checkpoints
 from dit_training.data import Dataset, load
 from dit_training.errors import RunError
@@ -52,8 +52,8 @@ def run(settings: options.Settings, folder: Path, *, resume: bool) -> None:
     """Train, sample, measure; everything worth keeping lands in `folder`."""
     data = load(settings.data)
     model = options.model_config(settings, data)
-    with files.claimed(folder):
-        if not resume and options.has_checkpoint(folder):
+    with folders.claimed(folder):
+        if not resume and folders.has_checkpoint(folder):
             raise RunError(
                 f"--out {folder}: it already holds a run; continue it with --resume, "
                 "or give another folder"
@@ -271,7 +271,7 @@ def summary_text(summary: dict, folder: Path) -> str:
 
 def write_json(path: Path, content: dict) -> None:
     """Write a readable JSON file."""
-    files.write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    folders.write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

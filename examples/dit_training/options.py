@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import fusionopt_jax as fo
-from dit_training import checkpoints, optimizers
+from dit_training import checkpoints, folders, optimizers
 from dit_training.data import Dataset
 from dit_training.errors import RunError
 from fusionopt_jax import dit
-
-RUNS = Path("runs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +39,11 @@ class Settings:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line; an option that was not given is None."""
+    return command_line().parse_args(arguments)
+
+
+def command_line() -> argparse.ArgumentParser:
+    """Every option, with the text of its help."""
     default = Settings()
     parser = OneLineParser(
         prog="train_dit.py",
@@ -62,8 +65,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--resume",
         action="store_true",
         help="continue the run in --out, bit for bit (without --out: the newest one "
-        f"under {RUNS}/); its settings are taken over. More --steps are possible with "
-        "the schedule-free optimizers",
+        f"under {folders.RUNS}/); its settings are taken over. More --steps are "
+        "possible with the schedule-free optimizers",
     )
     run.add_argument(
         "--data",
@@ -149,7 +152,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="IMAGES",
         help=f"images behind the quality figures (default: {default.generated})",
     )
-    return parser.parse_args(arguments)
+    return parser
 
 
 def resolve(given: argparse.Namespace) -> tuple[Settings, Path]:
@@ -160,10 +163,10 @@ def resolve(given: argparse.Namespace) -> tuple[Settings, Path]:
         if getattr(given, field.name) is not None
     }
     if given.resume:
-        folder = given.out or newest_run()
+        folder = given.out or folders.newest_run()
         options = saved_options(folder) | options
     else:
-        folder = given.out or free_folder(options.get("optimizer", "fusion"))
+        folder = given.out or folders.free_folder(options.get("optimizer", "fusion"))
     settings = Settings(**options)
     if math.isnan(settings.learning_rate):
         rate = optimizers.LEARNING_RATES[settings.optimizer]
@@ -179,7 +182,7 @@ def resolve(given: argparse.Namespace) -> tuple[Settings, Path]:
 def saved_options(folder: Path) -> dict[str, Any]:
     """The settings of a run, as its config.json or its newest checkpoint has them."""
     path = folder / "config.json"
-    if not has_checkpoint(folder):
+    if not folders.has_checkpoint(folder):
         raise RunError(
             f"--resume: {folder} holds no checkpoint to continue from; start the run "
             "without --resume"
@@ -198,34 +201,6 @@ def saved_options(folder: Path) -> dict[str, Any]:
 def settings_in(config: dict[str, Any]) -> dict[str, Any]:
     """The options among all that config.json says."""
     return {field.name: config[field.name] for field in dataclasses.fields(Settings)}
-
-
-def has_checkpoint(folder: Path) -> bool:
-    """Whether a folder holds a finished checkpoint."""
-    checkpoints = folder / "checkpoints"
-    return checkpoints.is_dir() and any(
-        entry.name.isdigit() for entry in checkpoints.iterdir()
-    )
-
-
-def newest_run() -> Path:
-    """The run under `runs/` that wrote a checkpoint last."""
-    found = [folder for folder in RUNS.glob("*") if has_checkpoint(folder)]
-    if not found:
-        raise RunError(
-            f"--resume: no run with a checkpoint under {RUNS}/; name its folder with "
-            "--out"
-        )
-    return max(found, key=lambda folder: (folder / "checkpoints").stat().st_mtime)
-
-
-def free_folder(optimizer: str) -> Path:
-    """The first of runs/dit-fusion, runs/dit-fusion-2, ... that holds no run."""
-    folder, number = RUNS / f"dit-{optimizer}", 1
-    while has_checkpoint(folder):
-        number += 1
-        folder = RUNS / f"dit-{optimizer}-{number}"
-    return folder
 
 
 def model_config(settings: Settings, data: Dataset) -> dit.DiTConfig:

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dit_training.errors import RunError
-from dit_training.files import write_whole
+from dit_training.folders import write_whole
 
 COLUMNS = 10
 ROWS = 4

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 import train_dit
 from benchmarks import compare_optimizers
-from dit_training import data, files, optimizers, quality, report, sampling, training
+from dit_training import data, folders, optimizers, quality, report, sampling, training
 from dit_training.errors import RunError
 from PIL import Image
 
@@ -233,14 +233,14 @@ def test_a_harmed_run_goes_on_and_says_so(
 
 def test_a_full_disk_leaves_files_as_they_were(tmp_path):
     path = tmp_path / "config.json"
-    files.write_whole(path, "before")
+    folders.write_whole(path, "before")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     # Past the limit a write fails, as on a full disk; the signal would end the process.
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
     try:
         with pytest.raises(RunError, match=r"config\.json cannot be written") as caught:
-            files.write_whole(path, "after")
+            folders.write_whole(path, "after")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, previous)
@@ -250,7 +250,7 @@ def test_a_full_disk_leaves_files_as_they_were(tmp_path):
 
 
 def test_a_second_run_in_one_folder_is_refused(images, tmp_path, capsys):
-    with files.claimed(tmp_path):
+    with folders.claimed(tmp_path):
         assert run(images, tmp_path) == 2
     assert "another run is writing to it" in error_line(capsys)
     assert [entry.name for entry in tmp_path.iterdir()] == ["lock"]
@@ -258,8 +258,8 @@ def test_a_second_run_in_one_folder_is_refused(images, tmp_path, capsys):
 
 def test_a_killed_run_leaves_its_folder_free(tmp_path):
     program = (
-        "import sys, time; from dit_training import files\n"
-        f"with files.claimed(files.Path({str(tmp_path)!r})):\n"
+        "import sys, time; from dit_training import folders\n"
+        f"with folders.claimed(folders.Path({str(tmp_path)!r})):\n"
         "    print('claimed', flush=True); time.sleep(600)"
     )
     examples = Path(train_dit.__file__).parent
@@ -267,11 +267,11 @@ def test_a_killed_run_leaves_its_folder_free(tmp_path):
         [sys.executable, "-c", program], cwd=examples, stdout=subprocess.PIPE
     ) as process:
         assert process.stdout.readline() == b"claimed\n"
-        with pytest.raises(RunError, match="another run"), files.claimed(tmp_path):
+        with pytest.raises(RunError, match="another run"), folders.claimed(tmp_path):
             pass
         process.kill()
         process.wait()
-        with files.claimed(tmp_path):
+        with folders.claimed(tmp_path):
             pass
 
 

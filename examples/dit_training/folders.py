@@ -1,4 +1,4 @@
-"""The files of a run: whole or not there, and written by one process at a time."""
+"""The folders of runs: which to take, one writer each, files that are whole."""
 
 import contextlib
 import fcntl
@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dit_training.errors import RunError
+
+RUNS = Path("runs")
+"""Where a run goes that names no folder."""
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -50,3 +53,31 @@ def claimed(folder: Path) -> Iterator[None]:
                 "ended, or give another folder"
             ) from error
         yield
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds a finished checkpoint."""
+    checkpoints = folder / "checkpoints"
+    return checkpoints.is_dir() and any(
+        entry.name.isdigit() for entry in checkpoints.iterdir()
+    )
+
+
+def newest_run() -> Path:
+    """The run under `runs/` that wrote a checkpoint last."""
+    found = [folder for folder in RUNS.glob("*") if has_checkpoint(folder)]
+    if not found:
+        raise RunError(
+            f"--resume: no run with a checkpoint under {RUNS}/; name its folder with "
+            "--out"
+        )
+    return max(found, key=lambda folder: (folder / "checkpoints").stat().st_mtime)
+
+
+def free_folder(optimizer: str) -> Path:
+    """The first of runs/dit-fusion, runs/dit-fusion-2, ... that holds no run."""
+    folder, number = RUNS / f"dit-{optimizer}", 1
+    while has_checkpoint(folder):
+        number += 1
+        folder = RUNS / f"dit-{optimizer}-{number}"
+    return folder

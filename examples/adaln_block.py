@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fusionopt_jax import dit
-from fusionopt_jax.dit.cache.table import build_table, check_table, take_rows
 
 WIDTH, CLASSES, STEPS = 64, 10, 8
 
@@ -72,15 +71,16 @@ def compare(name, block, modulate, weights, noise, labels):
     function that a user writes; `weights` are those that it reads.
     """
     sampler = dit.Sampler.euler(STEPS)
-    table = build_table(modulate, weights, sampler.eval_times(), labels)
-    check_table(table, weights, sampler.eval_times(), labels)
+    times = sampler.eval_times()
+    table = dit.ModulatorTable.build(modulate, weights, times, labels)
+    table.check(weights, times=times, labels=labels)
+    rows = table.rows(labels)
 
     @jax.jit
     def cached(noise, mods):
         # The table is scanned: every step sees its own slice.
         def denoise(x, _time, step):
-            rows = take_rows(step, table.labels, labels)
-            return block(x, None, rows)
+            return block(x, None, dit.take_rows(step, rows))
 
         return dit.run_sampler(sampler, denoise, noise, conditions=mods).images
 
@@ -95,7 +95,7 @@ def compare(name, block, modulate, weights, noise, labels):
     print(f"{name}: largest difference {difference:.1e}")
     try:
         changed = jax.tree.map(lambda leaf: leaf + 1e-6, weights)
-        check_table(table, changed)
+        table.check(changed)
     except dit.StaleCacheError as error:
         print(f"{name}: {error}")
     else:

@@ -14,23 +14,12 @@ except ImportError as error:
         name=__name__,
     ) from error
 
-from fusionopt_jax.dit.cache.dit import (
-    StaleCacheError,
-    TimeConditioningCache,
-    build_cache,
-    distinct_labels,
-    strip_modulators,
-)
+from fusionopt_jax.dit.cache.build import build_cache, strip_modulators
+from fusionopt_jax.dit.cache.dit import TimeConditioningCache
+from fusionopt_jax.dit.cache.own_model import ModulatorTable
+from fusionopt_jax.dit.cache.registry import clear_cache_registry, get_or_build_cache
 from fusionopt_jax.dit.cache.size import cache_bytes, modulator_bytes
-from fusionopt_jax.dit.cache.store import (
-    CacheCounts,
-    cache_counts,
-    clear_cache_registry,
-    get_or_build_cache,
-    load_cache,
-    save_cache,
-)
-from fusionopt_jax.dit.cache.use import cache_rows, check_cache, step_modulation
+from fusionopt_jax.dit.cache.table import StaleCacheError
 from fusionopt_jax.dit.config import CONFIGS, DiTConfig
 from fusionopt_jax.dit.export.sampler import (
     ExportedSampler,
@@ -38,7 +27,7 @@ from fusionopt_jax.dit.export.sampler import (
     load_sampler,
 )
 from fusionopt_jax.dit.network.model import DiT, apply, init_params
-from fusionopt_jax.dit.network.modulation import CachedModulation, Modulation
+from fusionopt_jax.dit.network.modulation import CachedModulation, take_rows
 from fusionopt_jax.dit.objectives import diffusion_loss, rectified_flow_loss
 from fusionopt_jax.dit.sampling.guidance import apply_with_guidance
 from fusionopt_jax.dit.sampling.loop import Samples, run_sampler
@@ -50,12 +39,11 @@ del _flax
 
 __all__ = [
     "CONFIGS",
-    "CacheCounts",
     "CachedModulation",
     "DiT",
     "DiTConfig",
     "ExportedSampler",
-    "Modulation",
+    "ModulatorTable",
     "Sampler",
     "Samples",
     "StaleCacheError",
@@ -64,24 +52,18 @@ __all__ = [
     "apply_with_guidance",
     "build_cache",
     "cache_bytes",
-    "cache_counts",
-    "cache_rows",
-    "check_cache",
     "clear_cache_registry",
     "diffusion_loss",
-    "distinct_labels",
     "export_sampler",
     "from_pytorch",
     "get_or_build_cache",
     "init_params",
-    "load_cache",
     "load_sampler",
     "modulator_bytes",
     "rectified_flow_loss",
     "run_sampler",
     "sample",
-    "save_cache",
-    "step_modulation",
     "strip_modulators",
+    "take_rows",
     "to_pytorch",
 ]

@@ -19,7 +19,8 @@ from fusionopt_jax import __version__
 from fusionopt_jax._checks import did_you_mean
 from fusionopt_jax._paths import named_leaves
 from fusionopt_jax._types import Params
-from fusionopt_jax.dit.cache.dit import build_cache, distinct_labels, strip_modulators
+from fusionopt_jax.dit.cache.build import build_cache, strip_modulators
+from fusionopt_jax.dit.cache.request import distinct_labels
 from fusionopt_jax.dit.cache.size import cache_bytes, modulator_bytes, size_text
 from fusionopt_jax.dit.config import CONFIGS, DiTConfig
 from fusionopt_jax.dit.network.model import init_params

@@ -12,14 +12,17 @@ Example:
     ('spectral', 'scalar')
 """
 
+from fusionopt_jax.dit.network.modulation import MODULATED, MODULATOR
 from fusionopt_jax.routing import MatrixAxes, Routing, Rule
 
 ROUTING = Routing(
     rules=(
         # A fused kernel is several matrices side by side: each is orthogonalised alone.
         Rule(r"^blocks/attn/qkv/kernel$", axes=MatrixAxes(chunks=3)),
-        Rule(r"^blocks/adaLN_modulation/kernel$", axes=MatrixAxes(chunks=6)),
-        Rule(r"^final_layer/adaLN_modulation/kernel$", axes=MatrixAxes(chunks=2)),
+        *(
+            Rule(rf"^{part}/{MODULATOR}/kernel$", axes=MatrixAxes(chunks=chunks))
+            for part, chunks in MODULATED.items()
+        ),
         # What reads pixels, times and labels, and what writes pixels, does not mix
         # hidden features; such layers go to Adam.
         Rule(

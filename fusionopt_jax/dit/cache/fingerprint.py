@@ -10,6 +10,7 @@ from jaxtyping import Array, UInt32
 
 from fusionopt_jax._digest import array_digest
 from fusionopt_jax._types import Params
+from fusionopt_jax.dit.network.modulation import MODULATED, MODULATOR
 
 PARTS: tuple[tuple[str, ...], ...] = (
     ("t_embedder", "fc1", "kernel"),
@@ -17,10 +18,7 @@ PARTS: tuple[tuple[str, ...], ...] = (
     ("t_embedder", "fc2", "kernel"),
     ("t_embedder", "fc2", "bias"),
     ("y_embedder", "embedding_table"),
-    ("blocks", "adaLN_modulation", "kernel"),
-    ("blocks", "adaLN_modulation", "bias"),
-    ("final_layer", "adaLN_modulation", "kernel"),
-    ("final_layer", "adaLN_modulation", "bias"),
+    *((part, MODULATOR, name) for part in MODULATED for name in ("kernel", "bias")),
 )
 """Every weight that a cache depends on; the row order of a fingerprint."""
 
@@ -33,18 +31,14 @@ def fingerprint(params: Params) -> UInt32[Array | np.ndarray, "parts 2"]:
 
     They are on the host, or traced where any of the weights is.
     """
-    rows = [_part_digest(params, path) for path in PARTS]
-    if any(isinstance(row, Tracer) for row in rows):
-        return jnp.stack([jnp.asarray(row) for row in rows])
-    return np.stack([np.asarray(row) for row in rows])
+    return stacked([_part_digest(params, path) for path in PARTS])
 
 
-def differing_parts(
-    first: UInt32[np.ndarray, "parts 2"], second: UInt32[np.ndarray, "parts 2"]
-) -> list[str]:
-    """Names of the weights whose digests differ."""
-    differs = np.any(first != second, axis=1)
-    return ["/".join(path) for path, wrong in zip(PARTS, differs, strict=True) if wrong]
+def stacked(digests: list[Any]) -> UInt32[Array | np.ndarray, "parts 2"]:
+    """Digests as the rows of one array, on the host unless any of them is traced."""
+    if any(isinstance(digest, Tracer) for digest in digests):
+        return jnp.stack([jnp.asarray(digest) for digest in digests])
+    return np.array(digests, np.uint32).reshape(-1, 2)
 
 
 def _part_digest(params: Params, path: tuple[str, ...]) -> Any:

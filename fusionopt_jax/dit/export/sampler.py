@@ -22,10 +22,10 @@ from fusionopt_jax import _checks
 from fusionopt_jax._paths import named_leaves
 from fusionopt_jax._types import Params
 from fusionopt_jax.dit.cache.dit import TimeConditioningCache
-from fusionopt_jax.dit.cache.use import check_cache
 from fusionopt_jax.dit.config import DiTConfig
 from fusionopt_jax.dit.export.archive import read_archive, write_archive
 from fusionopt_jax.dit.network.model import as_dict
+from fusionopt_jax.dit.network.modulation import replace_modulators
 from fusionopt_jax.dit.sampling.denoiser import cached_tables, denoiser
 from fusionopt_jax.dit.sampling.guidance import Guidance, GuidedChannels
 from fusionopt_jax.dit.sampling.loop import run_sampler
@@ -171,7 +171,7 @@ def export_sampler(
             "leave them out."
         )
     null = [config.null_label] if guided else None
-    check_cache(cache, params, config, times=sampler.host_times(), labels=null)
+    cache.check(params, config, times=sampler.host_times(), labels=null)
     named, rebuild = _arrays_of(as_dict(params), cache)
 
     def program(
@@ -259,15 +259,8 @@ def _arrays_of(
     params: Params, cache: TimeConditioningCache
 ) -> tuple[list[tuple[str, Array]], Callable[[list[Array]], Any]]:
     """The arrays that a program with a cache reads, named, and how to put them back."""
-    weights = {
-        "x_embedder": params["x_embedder"],
-        "blocks": {
-            name: part
-            for name, part in params["blocks"].items()
-            if name != "adaLN_modulation"
-        },
-        "final_layer": {"linear": params["final_layer"]["linear"]},
-    }
+    params = replace_modulators(params, None)
+    weights = {name: params[name] for name in ("x_embedder", "blocks", "final_layer")}
     tree = (weights, (cache.block, cache.final, cache.labels))
     leaves, structure = jax.tree.flatten(tree)
     names = [name for name, _ in named_leaves(weights)]

@@ -14,18 +14,13 @@ from fusionopt_jax.dit.network.layers import layer_norm, linear
 from fusionopt_jax.dit.network.modulation import (
     BLOCK_PARTS,
     FINAL_PARTS,
+    Modulated,
     Modulation,
     modulate,
 )
 
 AttentionKernel: TypeAlias = Literal["xla", "cudnn"] | None
 """Which implementation `jax.nn.dot_product_attention` uses; None lets it choose."""
-
-
-def _zeros(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
-    """A linear map that starts at zero, so that a block starts as the identity."""
-    zeros = nnx.initializers.zeros
-    return nnx.Linear(inputs, outputs, kernel_init=zeros, rngs=rngs)
 
 
 def _xavier(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
@@ -52,24 +47,24 @@ class Mlp(nnx.Module):
         self.fc2 = _xavier(config.mlp_size, config.hidden_size, rngs)
 
 
-class Block(nnx.Module):
+class Block(Modulated):
     """Parameters of one block."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs) -> None:
-        width = config.hidden_size
         self.attn = Attention(config, rngs=rngs)
         self.mlp = Mlp(config, rngs=rngs)
-        self.adaLN_modulation = _zeros(width, BLOCK_PARTS * width, rngs)
+        super().__init__(config, BLOCK_PARTS, rngs=rngs)
 
 
-class FinalLayer(nnx.Module):
+class FinalLayer(Modulated):
     """Parameters of the map from tokens to patches."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs) -> None:
         width = config.hidden_size
         patch_values = config.patch_size**2 * config.out_channels
-        self.linear = _zeros(width, patch_values, rngs)
-        self.adaLN_modulation = _zeros(width, FINAL_PARTS * width, rngs)
+        zeros = nnx.initializers.zeros
+        self.linear = nnx.Linear(width, patch_values, kernel_init=zeros, rngs=rngs)
+        super().__init__(config, FINAL_PARTS, rngs=rngs)
 
 
 def attend(

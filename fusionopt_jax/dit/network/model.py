@@ -31,8 +31,11 @@ from fusionopt_jax.dit.network.embeddings import (
 from fusionopt_jax.dit.network.modulation import (
     CachedModulation,
     block_parts,
+    check_modulation,
     conditioning,
     final_parts,
+    replace_modulators,
+    require_modulators,
     split_block,
     split_final,
     take_rows,
@@ -195,18 +198,22 @@ def apply(
     batch = images.shape[0]
     if modulation is None:
         times, labels = _check_conditioning(config, batch, times, labels)
-        _check_modulators(params)
+        require_modulators(
+            params,
+            ", so the modulation can't be computed: pass `modulation` (one step of a "
+            "cache), or the full parameters.",
+        )
         cond = conditioning(params, config, times, labels)
         cached = None
-        final = final_parts(params["final_layer"]["adaLN_modulation"], cond)
+        final = final_parts(params["final_layer"], cond)
 
         def fresh_parts(layer: Params, _: None) -> Float[Array, "b 6 d"]:
             """Computed from the block's own weights."""
-            return block_parts(layer["adaLN_modulation"], cond)
+            return block_parts(layer, cond)
 
         parts_of = fresh_parts
     else:
-        _check_modulation(config, batch, modulation)
+        check_modulation(config, batch, modulation)
         cached = modulation.block
         final = take_rows(modulation.final, modulation.rows)
 
@@ -235,10 +242,9 @@ def apply(
         return tokens, None
 
     step = jax.checkpoint(run_block, prevent_cse=unroll) if remat else run_block
-    block_params = dict(params["blocks"])
     if modulation is not None:
-        block_params.pop("adaLN_modulation", None)
-    layers = (block_params, cached)
+        params = replace_modulators(params, None)
+    layers = (params["blocks"], cached)
     tokens = embed_patches(params["x_embedder"], config, images, dtype)
     if unroll:
         for index in range(config.depth):
@@ -302,35 +308,3 @@ def check_labels(config: DiTConfig, labels: Array | np.ndarray) -> None:
             f"`labels` must lie in [0, {config.num_labels - 1}] for "
             f"num_classes={config.num_classes}{null}; got {shown}."
         )
-
-
-def _check_modulators(params: Params) -> None:
-    """Require the weights that compute the modulation."""
-    for part in ("blocks", "final_layer"):
-        if "kernel" not in params[part].get("adaLN_modulation", {}):
-            raise ValueError(
-                f"`params` have no {part}/adaLN_modulation/kernel, so the modulation "
-                "can't be computed: pass `modulation` (one step of a cache), or the "
-                "full parameters."
-            )
-
-
-def _check_modulation(
-    config: DiTConfig, batch: Any, modulation: CachedModulation
-) -> None:
-    """Require a cache step for these sizes and this batch, which may be symbolic."""
-    width, block_shape = config.hidden_size, modulation.block.shape
-    rows = block_shape[1] if len(block_shape) == 4 else -1
-    expected = {
-        "block": (config.depth, rows, 6, width),
-        "final": (rows, 2, width),
-        "rows": (batch,),
-    }
-    for name, shape in expected.items():
-        got = getattr(modulation, name)
-        if got.shape != shape:
-            raise ValueError(
-                f"`modulation.{name}` is {shape_text(got)}, which does not fit this "
-                "config and batch; take one step of a cache that was built with this "
-                "config, and one row per image."
-            )

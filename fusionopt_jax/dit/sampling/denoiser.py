@@ -10,7 +10,6 @@ from jaxtyping import Array, Float, Int
 
 from fusionopt_jax._types import Params
 from fusionopt_jax.dit.cache.dit import TimeConditioningCache
-from fusionopt_jax.dit.cache.use import cache_rows
 from fusionopt_jax.dit.config import DiTConfig
 from fusionopt_jax.dit.network.model import apply
 from fusionopt_jax.dit.network.modulation import CachedModulation
@@ -86,7 +85,7 @@ def denoiser(
 
     def network(labels: Int[Array, " images"]) -> Callable[[Array, Array, Any], Array]:
         """The model for images of these labels, through the cache if there is one."""
-        rows = None if cache is None else cache_rows(cache, labels)
+        rows = None if cache is None else cache.rows(labels)
 
         def evaluate(images: Array, time: Array, tables: Any) -> Array:
             """Its prediction at one time."""

@@ -21,7 +21,6 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from fusionopt_jax import _checks
 from fusionopt_jax._types import Params
 from fusionopt_jax.dit.cache.dit import TimeConditioningCache
-from fusionopt_jax.dit.cache.use import checked_cache
 from fusionopt_jax.dit.config import DiTConfig
 from fusionopt_jax.dit.network.model import check_labels
 from fusionopt_jax.dit.sampling.denoiser import cached_tables, denoiser
@@ -171,9 +170,7 @@ def sample(
         wanted = labels
         if guided and not isinstance(labels, Tracer):
             wanted = np.append(np.asarray(labels), config.null_label)
-        cache = checked_cache(
-            cache, params, config, times=sampler.host_times(), labels=wanted
-        )
+        cache = cache.checked(params, config, times=sampler.host_times(), labels=wanted)
     ticket = next(_tickets)
     if progress is not None:
         _listeners[ticket] = (progress, sampler.steps)

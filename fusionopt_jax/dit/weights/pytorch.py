@@ -15,16 +15,20 @@ from fusionopt_jax._types import Params
 from fusionopt_jax.dit.config import TIME_FEATURES, DiTConfig
 from fusionopt_jax.dit.network.embeddings import position_embedding
 from fusionopt_jax.dit.network.model import as_dict, init_params
+from fusionopt_jax.dit.network.modulation import BLOCK_PARTS, FINAL_PARTS, MODULATOR
 from fusionopt_jax.dit.weights.files import listed, read_weights
 
 _HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 """Heads of the published widths; the weights do not show their number."""
 
+_MODULATOR = f"{MODULATOR}.1"
+"""The second of the SiLU and the linear map that a published modulator is."""
+
 _LINEARS = {
     "t_embedder.mlp.0": ("t_embedder", "fc1"),
     "t_embedder.mlp.2": ("t_embedder", "fc2"),
     "final_layer.linear": ("final_layer", "linear"),
-    "final_layer.adaLN_modulation.1": ("final_layer", "adaLN_modulation"),
+    f"final_layer.{_MODULATOR}": ("final_layer", MODULATOR),
 }
 
 _BLOCK_LINEARS = {
@@ -32,7 +36,7 @@ _BLOCK_LINEARS = {
     "attn.proj": ("attn", "proj"),
     "mlp.fc1": ("mlp", "fc1"),
     "mlp.fc2": ("mlp", "fc2"),
-    "adaLN_modulation.1": ("adaLN_modulation",),
+    _MODULATOR: (MODULATOR,),
 }
 
 _PATCH = "x_embedder.proj"
@@ -250,7 +254,7 @@ def _expected_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
         "t_embedder.mlp.0": (width, TIME_FEATURES),
         "t_embedder.mlp.2": (width, width),
         "final_layer.linear": (patch**2 * config.out_channels, width),
-        "final_layer.adaLN_modulation.1": (2 * width, width),
+        f"final_layer.{_MODULATOR}": (FINAL_PARTS * width, width),
     }
     for index in range(config.depth):
         linears |= {
@@ -258,7 +262,7 @@ def _expected_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
             f"blocks.{index}.attn.proj": (width, width),
             f"blocks.{index}.mlp.fc1": (config.mlp_size, width),
             f"blocks.{index}.mlp.fc2": (width, config.mlp_size),
-            f"blocks.{index}.adaLN_modulation.1": (6 * width, width),
+            f"blocks.{index}.{_MODULATOR}": (BLOCK_PARTS * width, width),
         }
     shapes: dict[str, tuple[int, ...]] = {
         _POSITIONS: (1, config.num_tokens, width),

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from fusionopt_jax import dit
-from fusionopt_jax.dit.cache import table as cache_table
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -24,9 +23,8 @@ def modulate(weights, times, labels):
 
 
 def table(dtype=None):
-    return cache_table.build_table(
-        modulate, WEIGHTS, [3.0, 1.0], [5, 2, 5], dtype=dtype
-    )
+    times, labels = [3.0, 1.0], [5, 2, 5]
+    return dit.ModulatorTable.build(modulate, WEIGHTS, times, labels, dtype=dtype)
 
 
 def test_every_pair_of_time_and_label_has_a_row():
@@ -44,10 +42,39 @@ def test_every_pair_of_time_and_label_has_a_row():
 def test_rows_follow_the_labels_of_the_batch():
     built = table()
     step = jax.tree.map(lambda leaf: leaf[1], built.mods)
-    rows = cache_table.take_rows(step, built.labels, jnp.array([5, 2, 9, 5]))
+    find = jax.jit(lambda labels: built.rows(labels))
+    rows = dit.take_rows(step, find(jnp.array([5, 2, 9, 5])))
     np.testing.assert_array_equal(rows["shift"][0], rows["shift"][3])
     np.testing.assert_array_equal(rows["shift"][1], built.mods["shift"][1, 0])
     assert bool(jnp.isnan(rows["shift"][2]).all())
+
+
+def test_one_step_by_hand():
+    built = table()
+    np.testing.assert_array_equal(
+        built.at(1, [5, 2])["shift"], built.mods["shift"][1, ::-1]
+    )
+    with pytest.raises(dit.StaleCacheError, match="label 9"):
+        built.at(0, [9])
+    with pytest.raises(IndexError, match=r"\[-2, 1\], got 2"):
+        built.at(2, [5])
+
+
+def test_a_stale_table_is_nan_where_its_weights_are_traced():
+    built = table()
+
+    @jax.jit
+    def rows(built, weights):
+        return built.checked(weights, times=[3.0, 1.0]).at(0, jnp.array([5]))
+
+    fits = rows(built, WEIGHTS)
+    np.testing.assert_array_equal(fits["shift"][0], built.mods["shift"][0, 1])
+    other = {**WEIGHTS, "bias": WEIGHTS["bias"].at[0].add(1e-6)}
+    assert all(
+        bool(jnp.isnan(leaf).all()) for leaf in jax.tree.leaves(rows(built, other))
+    )
+    with pytest.raises(TypeError, match="traced by `jax"):
+        jax.jit(built.check)(WEIGHTS)
 
 
 def test_a_table_can_be_kept_in_half_precision():
@@ -70,24 +97,27 @@ def test_a_table_can_be_kept_in_half_precision():
     ],
 )
 def test_a_stale_table_is_refused(weights, times, labels, words):
-    cache_table.check_table(table(), WEIGHTS, [3.0, 1.0], [5])
+    built = table()
+    built.check(WEIGHTS, times=[3.0, 1.0], labels=[5])
     with pytest.raises(dit.StaleCacheError, match=words):
-        cache_table.check_table(table(), weights, times, labels)
+        built.check(weights, times=times, labels=labels)
 
 
 @pytest.mark.parametrize(
     ("function", "times", "labels", "error", "words"),
     [
         (lambda w, t, y: w["bias"], [1.0, 2.0], [0], ValueError, "axis of rows"),
-        (lambda w, t, y: {"a": t.sum()}, [1.0], [0], ValueError, "'a'"),
+        (lambda w, t, y: {"a": t.sum()}, [1.0], [0], ValueError, "at a;"),
         (modulate, [], [0], ValueError, "times"),
         (modulate, [1.0], [], ValueError, "labels"),
         (modulate, [1.0], [0.5], TypeError, "integers"),
+        (modulate, [1.0], [2**32], ValueError, "32 bits"),
+        (lambda w, t, y: y, [1.0], [0], TypeError, "floating point"),
     ],
 )
 def test_what_is_no_table_is_an_error(function, times, labels, error, words):
     with pytest.raises(error, match=words):
-        cache_table.build_table(function, WEIGHTS, times, labels)
+        dit.ModulatorTable.build(function, WEIGHTS, times, labels)
 
 
 def test_the_example_gives_the_same_images_in_nnx_and_linen(capsys):

@@ -346,7 +346,7 @@ class TestBadInput:
         other = dataclasses.replace(CONFIG, depth=2)
         cache = dit.build_cache(random_params(other), other, [5.0], [1])
         batch = random_batch(CONFIG)._replace(labels=jnp.array([1, 1, 1]))
-        modulation = dit.step_modulation(cache, 0, batch.labels)
+        modulation = cache.at(0, batch.labels)
         with pytest.raises(
             ValueError, match=r"`modulation\.block` is float32\[2, 2, 6"
         ):

@@ -26,7 +26,7 @@ class Case:
     """One transformation with the settings that the shared tests use.
 
     Attributes:
-        name: What a failing test is called.
+        name: What a failing test is called: the factory's name, and what is special.
         build: A routing to a fresh transformation.
         kind: `"direction"` where updates point along the gradient and carry no learning
             rate, `"optimizer"` where they are to be added to the parameters.
@@ -46,6 +46,11 @@ class Case:
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def factory(self) -> str:
+        """The public function that it is made by."""
+        return max((n for n in factories() if self.name.startswith(n)), key=len)
 
 
 def _direction(name: str, build: Callable[..., Any], **facts: bool) -> Case:
@@ -90,7 +95,7 @@ ALL = (
     ),
     _direction("cautious", lambda routing: fo.cautious(_momentum())),
     _direction(
-        "cautious_weight_decay",
+        "add_cautious_decayed_weights",
         lambda routing: fo.add_cautious_decayed_weights(0.1),
         params=True,
     ),
@@ -195,6 +200,16 @@ ALL = (
         params=True,
     ),
 )
+
+
+def factories() -> dict[str, Callable[..., Any]]:
+    """Every public function that makes a transformation, by its name."""
+    made = optax.GradientTransformationExtraArgs
+    return {
+        name: getattr(fo, name)
+        for name in fo.__all__
+        if getattr(free(getattr(fo, name)), "__annotations__", {}).get("return") is made
+    }
 
 
 def named(name: str) -> Case:

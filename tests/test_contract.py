@@ -67,6 +67,31 @@ def one_step(case, tx, params, grads):
     )
 
 
+def test_every_public_transformation_is_a_case(monkeypatch):
+    factories = _cases.factories()
+    made = {}
+
+    def recording(name):
+        def build(*args, **kwargs):
+            # Kept, so that no other object takes its id.
+            made[name].append(factories[name](*args, **kwargs))
+            return made[name][-1]
+
+        return build
+
+    for name in factories:
+        made[name] = []
+        monkeypatch.setattr(fo, name, recording(name))
+    cases = [case.build(_cases.ROUTING) for case in _cases.ALL]
+    # Made by a case itself, and not only inside of another one.
+    forgotten = {
+        name
+        for name, results in made.items()
+        if not any(result is tx for result in results for tx in cases)
+    }
+    assert not forgotten, "add them to `_cases.ALL`"
+
+
 @every_case
 def test_takes_extra_arguments(case):
     tx = _cases.transformation(case)

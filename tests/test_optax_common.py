@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import fusionopt_jax as fo
 from fusionopt_jax import iterates
+from fusionopt_jax._types import ScalarOrSchedule
 from tests import _cases, _compare
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -119,7 +120,7 @@ OPTIMIZERS = {
     ),
     "mona": lambda: descending(optax.chain(fo.mona(), adam()), 0.1),
     "cautious": lambda: descending(fo.cautious(adam()), 0.1),
-    "cautious_weight_decay": lambda: descending(
+    "add_cautious_decayed_weights": lambda: descending(
         optax.chain(adam(), fo.add_cautious_decayed_weights(1e-4)), 0.1
     ),
     "measure_gain": lambda: descending(fo.measure_gain("adam", adam()), 0.1),
@@ -180,6 +181,12 @@ def minimise(name, targets):
     return jax.jit(lambda: {key: run(target) for key, target in targets.items()})()
 
 
+def test_every_transformation_converges():
+    assert {_cases.named(name).factory for name in OPTIMIZERS} == set(
+        _cases.factories()
+    )
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_converges_on_four_targets(name):
     check_minima(name, TARGETS)
@@ -212,7 +219,7 @@ INJECTED = {
     "mona": (fo.mona, {}, ()),
     "kl_shampoo": (fo.kl_shampoo, {"routing": _cases.ROUTING, "update_every": 2}, ()),
     "snr_gate": (fo.snr_gate, {"inner": fo.mona(), "routing": _cases.ROUTING}, ()),
-    "cautious_weight_decay": (
+    "add_cautious_decayed_weights": (
         fo.add_cautious_decayed_weights,
         {"weight_decay": 0.1},
         (),
@@ -240,6 +247,15 @@ INJECTED = {
         ("min_spectral_dim",),
     ),
 }
+
+
+# Their only arguments are a transformation and a name.
+NOTHING_TO_INJECT = {"cautious", "measure_gain"}
+
+
+def test_every_transformation_with_settings_is_injected():
+    injected = {factory.__name__ for factory, _, _ in INJECTED.values()}
+    assert injected == set(_cases.factories()) - NOTHING_TO_INJECT
 
 
 @pytest.mark.parametrize("name", INJECTED)
@@ -323,7 +339,7 @@ def test_state_is_stable_under_a_cond(case, dtype):
 WITH_A_RATE = {
     "schedule_free": lambda rate: fo.schedule_free(fo.mona(), rate),
     "hyperball": lambda rate: fo.hyperball(fo.mona(), rate, routing=_cases.ROUTING),
-    "cautious_weight_decay": fo.add_cautious_decayed_weights,
+    "add_cautious_decayed_weights": fo.add_cautious_decayed_weights,
     "fusion_opt": lambda rate: fo.fusion_opt(
         rate, scalar_learning_rate=rate, routing=_cases.ROUTING
     ),
@@ -334,6 +350,16 @@ WITH_A_RATE = {
         rate, scalar_lr=rate, routing=_cases.ROUTING
     ),
 }
+
+
+def test_every_transformation_with_a_rate_is_given_a_schedule():
+    with_a_rate = {
+        name
+        for name, factory in _cases.factories().items()
+        if ScalarOrSchedule in factory.__annotations__.values()
+    }
+    listed = {_cases.named(case).factory for case in WITH_A_RATE}
+    assert listed == with_a_rate
 
 
 @pytest.mark.parametrize("name", WITH_A_RATE)

@@ -7,6 +7,7 @@ looked at while a function is traced; such values pass unchecked.
 
 import difflib
 import math
+import warnings
 from collections.abc import Iterable
 from typing import Any, TypeGuard
 
@@ -114,6 +115,25 @@ def check_scalar_value(component: str, value: Any) -> None:
             f"`{component}` needs a real loss, got a `value` of dtype "
             f"{jnp.result_type(value)}."
         )
+
+
+def renamed(new: str, value: Any, default: float, old: str, given: Any) -> Any:
+    """The value of a keyword that was renamed and is still accepted under both names.
+
+    Args:
+        new: Its name.
+        value: What it was given as, or its default.
+        default: The default.
+        old: The name that it had.
+        given: What it was given as under that name, or `None`.
+    """
+    if given is None:
+        return value
+    # An array is what `optax.inject_hyperparams` makes of a default as well.
+    if is_concrete_number(value) and value != default:
+        raise ValueError(f"`{old}` is the old name of `{new}`: give `{new}` alone.")
+    warnings.warn(f"`{old}` is now called `{new}`.", DeprecationWarning, stacklevel=3)
+    return given
 
 
 def did_you_mean(value: object, choices: Iterable[Any]) -> str:

@@ -17,6 +17,7 @@ _NAMES = {
     "MONAState": "mona",
     "NS5State": "ns5",
     "NorMuonState": "normuon",
+    "PolyakPlusState": "polyak",
     "SNRGateState": "snr_gate",
 }
 
@@ -30,7 +31,8 @@ def diagnostics(state: Any) -> dict[str, Array]:
     Names are `group/component/quantity`: the label of every `multi_transform` around a
     component, its name, the field of its state. Of this library there are:
 
-    * `polyak/step_size`, `polyak/loss_average`, `polyak/norm_average`;
+    * `polyak/step_size`, and what it is made of: `polyak/loss_average` and
+      `polyak/norm_average`, or `polyak/loss` and `polyak/l1_average`;
     * `schedule_free/weight_sum`, `schedule_free/max_learning_rate`,
       `schedule_free/b1`, `schedule_free/count`;
     * `spectral/ns5/audit_error` (with `audit_every`);

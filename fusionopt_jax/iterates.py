@@ -8,9 +8,15 @@ kept or recovered from :math:`y_t = (1-\beta)\,z_t + \beta\,x_t`.
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import PartitionSpec
 
+from fusionopt_jax._leaves import is_abstract
+from fusionopt_jax._matrices.placement import automatic
 from fusionopt_jax._paths import path_keys
-from fusionopt_jax._types import Count, Params, Scalar
+from fusionopt_jax._types import Array, Count, Float, Params, Scalar
 
 Tree = TypeVar("Tree")
 
@@ -23,6 +29,9 @@ class ScheduleFreeState(NamedTuple):
         b1: The interpolation that made the current parameters, :math:`\beta`.
         weight_sum: Sum of the averaging weights so far.
         max_learning_rate: The largest rate that a step has used.
+        y_sample: For each leaf (for 64 of them where there are more) one entry of the
+            parameters that the last step leads to, and the size that its rounding
+            refers to: by it `eval_params` knows parameters that are not those.
         z: The fast iterate, shaped like the parameters.
         x: The average, shaped like the parameters, or `None` where it is recovered.
         inner_state: State of the wrapped transformation.
@@ -32,6 +41,7 @@ class ScheduleFreeState(NamedTuple):
     b1: Scalar
     weight_sum: Scalar
     max_learning_rate: Scalar
+    y_sample: Float[Array, "2 leaves"]
     z: Params
     x: Params | None
     inner_state: Any
@@ -48,6 +58,77 @@ def average_of(state: ScheduleFreeState, params: Params) -> Params:
         ),
         params,
         state.z,
+    )
+
+
+# Each look at a leaf that is divided among devices is an exchange between them.
+_MOST_SAMPLES = 64
+
+
+def sample_of(
+    params: Params, updates: Params | None = None
+) -> Float[Array, "2 leaves"]:
+    """One entry of each leaf of the parameters after an update, and its size, in fp32.
+
+    The sum is taken in the dtype of the parameters, as `optax.apply_updates` takes it.
+    """
+    if any(map(is_abstract, jax.tree.leaves(params))):
+        return jnp.zeros((2, len(_sampled(jax.tree.leaves(params)))), jnp.float32)
+    trees = (params,) if updates is None else (params, updates)
+
+    def sample(*trees: Params) -> Float[Array, "2 leaves"]:
+        after, sizes = [], []
+        for terms in zip(*map(_middles, trees), strict=True):
+            after.append(sum(terms[1:], start=terms[0]).astype(terms[0].dtype))
+            sizes.append(sum(map(jnp.abs, terms)))
+        wide = [jnp.real(entry).astype(jnp.float32) for entry in (*after, *sizes)]
+        return jnp.reshape(jnp.stack(wide), (2, -1)) if wide else jnp.zeros((2, 0))
+
+    return automatic(sample, *trees, like=PartitionSpec())
+
+
+def _sampled(leaves: list[Any]) -> list[Any]:
+    """The leaves of which an entry is kept."""
+    count = min(len(leaves), _MOST_SAMPLES)
+    return [leaves[(number * len(leaves)) // count] for number in range(count)]
+
+
+def _middles(tree: Params) -> list[Array]:
+    """The entry in the middle of each of the leaves of which one is kept."""
+
+    def middle(leaf: Array) -> Array:
+        if not leaf.size:
+            return jnp.zeros([], leaf.dtype)
+        start = [size // 2 for size in leaf.shape]
+        return jax.lax.slice(leaf, start, [at + 1 for at in start]).reshape(())
+
+    return [middle(jnp.asarray(leaf)) for leaf in _sampled(jax.tree.leaves(tree))]
+
+
+def check_current(state: ScheduleFreeState, params: Params, name: str) -> None:
+    """Require parameters that are the y of a state, where there are numbers to see."""
+    (sample,) = jax.tree.leaves(state.y_sample)
+    leaves = jax.tree.leaves(params)
+    if any(isinstance(leaf, Tracer) for leaf in (sample, *leaves)):
+        return
+    found = sample_of(params)
+    (y, size), (expected, expected_size) = np.asarray(found), np.asarray(sample)
+    # A few roundings: a compiled step may leave out one, or add a product in one go.
+    eps = [max(float(jnp.finfo(leaf.dtype).eps), 2.0**-23) for leaf in _sampled(leaves)]
+    close = np.abs(y - expected) <= 4 * np.asarray(eps) * (size + expected_size)
+    same = close | (y == expected) | (np.isnan(y) & np.isnan(expected))
+    if np.all(same):
+        return
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(state.z)[0]]
+    where = "/".join(path_keys(_sampled(paths)[int(np.argmin(same))]))
+    raise ValueError(
+        f"`{name}`: these parameters are not those that the state belongs to (leaf "
+        f"{where!r} has an entry {y[np.argmin(same)]:g} where the state led to "
+        f"{expected[np.argmin(same)]:g}). Pass the training parameters of the same "
+        "step, with all its updates added. What scales, freezes or replaces updates "
+        "(`optax.scale`, `reduce_on_plateau`, `optax.masked`) belongs inside "
+        "`schedule_free`, in its inner transformation or its `learning_rate`: around "
+        "it, the parameters leave the sequences that the state keeps."
     )
 
 
@@ -73,7 +154,9 @@ def eval_params(state: Any, params: Tree) -> Tree:
         module; a state made by `nnx.state(module, nnx.Param)` is for `nnx.update`.
 
     Raises:
-        ValueError: If there is no Schedule-Free state, or two cover the same leaf.
+        ValueError: If there is no Schedule-Free state, or two cover the same leaf, or
+            `params` are not what the state's last update led to. That is seen by an
+            entry of each leaf, and where the numbers are known: not under `jax.jit`.
 
     Example:
         >>> import jax.numpy as jnp, optax, fusionopt_jax as fo
@@ -90,6 +173,7 @@ def eval_params(state: Any, params: Tree) -> Tree:
     """
 
     def read(found: ScheduleFreeState, params: Params) -> Params:
+        check_current(found, params, "eval_params")
         return _like(average_of(found, params), params)
 
     return _read(state, params, read, "eval_params")

@@ -152,3 +152,75 @@ def test_recovering_and_keeping_the_average_agree():
     # Numbers of about 3, one rounding of y divided by b1 at each step.
     _compare.assert_trees_within(*results, 5e-6)
     assert not np.array_equal(results[0]["head"]["kernel"], params["head"]["kernel"])
+
+
+def stepped(tx, params=PARAMS, steps=2):
+    state, step = tx.init(params), jax.jit(tx.update)
+    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), GRADS, params)
+    for _ in range(steps):
+        updates, state = step(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return state, params
+
+
+AROUND = {
+    "scaled": lambda tx: optax.chain(tx, optax.scale(0.1)),
+    "plateau": lambda tx: optax.chain(
+        tx, optax.contrib.reduce_on_plateau(patience=1, rtol=0.5, factor=0.1)
+    ),
+    "frozen": lambda tx: optax.chain(
+        tx, optax.masked(optax.set_to_zero(), {"kernel": False, "bias": True})
+    ),
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_parameters_that_left_the_sequences_are_refused(around, keep, dtype):
+    params = optax.tree.cast(PARAMS, dtype)
+    tx = AROUND[around](plain(keep_average=keep))
+    state, step = tx.init(params), jax.jit(tx.update)
+    assert fo.eval_params(state, params) is not None
+    for _ in range(4):
+        grads = optax.tree.cast(GRADS, dtype)
+        updates, state = step(grads, state, params, value=1.0)
+        params = optax.apply_updates(params, updates)
+    with pytest.raises(ValueError, match=r"bias.*inside\s+`schedule_free`"):
+        fo.eval_params(state, params)
+    # There is nothing to compare where the numbers are not known.
+    jax.eval_shape(fo.eval_params, state, params)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("compiled", ["step", "update", "nothing"])
+def test_rounding_of_the_own_parameters_is_not_refused(dtype, compiled):
+    case = _cases.named("schedule_free")
+    params = optax.tree.cast(_cases.start(case)[0], dtype)
+    tx = fo.schedule_free(optax.identity(), 1e-2)
+    update = tx.update if compiled == "nothing" else jax.jit(tx.update)
+
+    def step(grads, state, params):
+        updates, state = update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    step = jax.jit(step) if compiled == "step" else step
+    state = tx.init(params)
+    for seed in range(5):
+        grads = optax.tree.cast(_cases.gradients(params, seed), dtype)
+        params, state = step(grads, state, params)
+        fo.eval_params(state, params)
+
+
+def test_only_some_leaves_of_a_large_tree_are_looked_at():
+    params = {f"leaf {number:03}": jnp.ones(2) for number in range(200)}
+    state = plain().init(params)
+    assert state.y_sample.shape == (2, 64)
+    fo.eval_params(state, params)
+
+
+def test_an_average_belongs_to_no_state():
+    state, params = stepped(plain())
+    average = fo.eval_params(state, params)
+    with pytest.raises(ValueError, match="not those that the state belongs to"):
+        fo.eval_params(state, average)

@@ -126,7 +126,7 @@ OPTIMIZERS = {
     "measure_gain": lambda: descending(fo.measure_gain("adam", adam()), 0.1),
     "accumulate": lambda: fo.accumulate(descending(adam(), 0.2), every=2),
     "schedule_free": lambda: fo.schedule_free(adam(0.0), 0.05, r=4.0),
-    "polyak": lambda: fo.polyak(descending(adam(), 0.1), decay=0.9),
+    "polyak": lambda: fo.polyak(descending(adam(), 0.1), b1=0.9),
     "polyak_schedule_free_plus": lambda: fo.polyak(
         fo.schedule_free(adam(0.0), 0.3, r=4.0), rule="schedule_free_plus"
     ),

@@ -248,7 +248,7 @@ def test_the_first_step_is_as_long_as_later_ones(seed):
 
 @functools.cache
 def accelerate(alpha, beta, weighted):
-    tx = fo.mona(alpha=alpha, beta=beta, weighted=weighted)
+    tx = fo.mona(alpha=alpha, b1=beta, weighted=weighted)
 
     def step(state, gradient):
         update, state = tx.update({"w": gradient}, state)

@@ -163,7 +163,7 @@ def fusion_opt(
 
     smoothing: list[optax.GradientTransformation] = []
     if "mona" in chosen:
-        smoothing.append(mona(alpha=mona_alpha, beta=mona_beta))
+        smoothing.append(mona(alpha=mona_alpha, b1=mona_beta))
     smoothing.append(
         optax.trace(momentum, nesterov=nesterov, accumulator_dtype=jnp.float32)
     )
@@ -194,7 +194,7 @@ def fusion_opt(
         )
         spectral.append(stage("ns5", orthogonaliser))
     if "normuon" in chosen:
-        normaliser = normuon(beta2=normuon_beta2, routing=routing)
+        normaliser = normuon(b2=normuon_beta2, routing=routing)
         spectral.append(stage("normuon", normaliser))
     spectral.append(optax.add_decayed_weights(weight_decay))
 

@@ -201,7 +201,7 @@ def fusion_opt_torch(
 
     momentum = optax.trace(mu, accumulator_dtype=jnp.float32)
     if "mona" in chosen:
-        momentum = optax.chain(mona(alpha=mona_alpha, beta=beta_n), momentum)
+        momentum = optax.chain(mona(alpha=mona_alpha, b1=beta_n), momentum)
     if "shampoo" in chosen:
         momentum = kl_shampoo(
             momentum,
@@ -257,7 +257,7 @@ def fusion_opt_torch(
         optimiser,
         rule="ratio",
         norm="mean_abs",
-        decay=beta_p,
+        b1=beta_p,
         min_ratio=gamma_min,
         max_ratio=gamma_max,
         missing_value="unit",

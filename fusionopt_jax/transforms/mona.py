@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from fusionopt_jax._checks import check_decay_rate, check_number
+from fusionopt_jax._checks import check_decay_rate, check_number, renamed
 from fusionopt_jax._leaves import check_leaves, wide_zeros, widened
 from fusionopt_jax._optax import transformation
 from fusionopt_jax._types import Array, Number, Params
@@ -35,7 +35,11 @@ class MONAState(NamedTuple):
 
 
 def mona(
-    *, alpha: Number = 0.2, beta: Number = 0.9, weighted: bool = False
+    *,
+    alpha: Number = 0.2,
+    b1: Number = 0.9,
+    weighted: bool = False,
+    beta: Number | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adds an average of gradient differences to the gradient, before the momentum.
 
@@ -51,16 +55,17 @@ def mona(
 
     Args:
         alpha: Strength of the acceleration, :math:`\alpha`, of either sign.
-        beta: Decay rate of the average, :math:`\beta`, in [0, 1).
+        b1: Decay rate of the average, :math:`\beta`, in [0, 1).
         weighted: Weigh each difference by :math:`1-\beta`, as the paper does, or sum
             them up plainly, as FusionOpt does. `mona(alpha=a, weighted=False)` is
-            `mona(alpha=a / (1 - beta), weighted=True)`.
+            `mona(alpha=a / (1 - b1), weighted=True)`.
+        beta: The old name of `b1`.
 
     Returns:
         A transformation whose updates have the shapes and dtypes of its input.
 
     Raises:
-        ValueError: If `beta` is outside [0, 1).
+        ValueError: If `b1` is outside [0, 1) or given under both names.
 
     Example:
         >>> import jax.numpy as jnp, fusionopt_jax as fo
@@ -76,8 +81,9 @@ def mona(
         2510.27153. FusionOpt keeps two buffers, the last gradient and the average of
         differences; this is the same sequence from one.
     """
+    b1 = renamed("b1", b1, 0.9, "beta", beta)
     check_number("alpha", alpha)
-    check_decay_rate("beta", beta)
+    check_decay_rate("b1", b1)
 
     def init_fn(params: Any) -> MONAState:
         check_leaves("mona", params, complex_too=True)
@@ -88,14 +94,14 @@ def mona(
     ) -> tuple[Any, MONAState]:
         del params, extra_args
         check_leaves("mona", updates, complex_too=True)
-        k = alpha * (1 - beta) if weighted else alpha
+        k = alpha * (1 - b1) if weighted else alpha
 
         def accelerate(g: Array, e: Array) -> Array:
             fresh = widened(g)
             return (fresh + k * (fresh - e)).astype(g.dtype)
 
         def average(g: Array, e: Array) -> Array:
-            return beta * e + (1 - beta) * widened(g)
+            return b1 * e + (1 - b1) * widened(g)
 
         e = state.gradient_average
         return (

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import optax
 
-from fusionopt_jax._checks import check_decay_rate, check_non_negative
+from fusionopt_jax._checks import check_decay_rate, check_non_negative, renamed
 from fusionopt_jax._matrices.buckets import Stack, map_leaves, stack_states
 from fusionopt_jax._optax import transformation
 from fusionopt_jax._types import Array, Float, Number, Params
@@ -31,10 +31,11 @@ class NorMuonState(NamedTuple):
 
 def normuon(
     *,
-    beta2: Number = 0.95,
+    b2: Number = 0.95,
     eps: Number = 1e-10,
     restore_norm: bool = True,
     routing: Routing | None = None,
+    beta2: Number | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Gives every output neuron of an update the same long-run size.
 
@@ -48,19 +49,21 @@ def normuon(
     norm cancels the missing factor exactly. Zero matrices stay zero.
 
     Args:
-        beta2: Decay rate of the second moment, :math:`\beta_2`, in [0, 1).
+        b2: Decay rate of the second moment, :math:`\beta_2`, in [0, 1).
         eps: Added to :math:`\sqrt v`.
         restore_norm: Give each matrix back the Frobenius norm that it came with.
             Without it the first updates are :math:`1/\sqrt{1-\beta_2}` times too large.
         routing: Where the matrices of a leaf come from; without one, `(in, out)` over
             the last two axes.
+        beta2: The old name of `b2`.
 
     Returns:
         A transformation whose updates have the shapes and dtypes of its input, to be
         put after `ns5`.
 
     Raises:
-        ValueError: If a setting is out of range, or a leaf has no matrices.
+        ValueError: If a setting is out of range or given under both names, or a leaf
+            has no matrices.
 
     Example:
         >>> import jax.numpy as jnp, fusionopt_jax as fo
@@ -75,7 +78,8 @@ def normuon(
         the norm, as here; the paper scales to a root mean square of 0.2, which
         `ns5(scale="rms")` before this transformation gives.
     """
-    check_decay_rate("beta2", beta2)
+    b2 = renamed("b2", b2, 0.95, "beta2", beta2)
+    check_decay_rate("b2", b2)
     check_non_negative("eps", eps)
 
     def init_fn(params: Any) -> NorMuonState:
@@ -94,7 +98,7 @@ def normuon(
     ) -> tuple[Stack, Float[Array, "b out"]]:
         """One stack's update and its new second moment."""
         square = _mean_square(O)
-        v = beta2 * v + (1 - beta2) * square
+        v = b2 * v + (1 - b2) * square
         root = jnp.sqrt(v) + eps
         factor = 1 / jnp.where(root > 0, root, 1)
         if restore_norm:

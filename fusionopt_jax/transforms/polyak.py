@@ -9,6 +9,7 @@ r"""One step size for the whole tree, from the loss and the gradient.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -25,6 +26,7 @@ from fusionopt_jax._checks import (
 )
 from fusionopt_jax._leaves import check_leaves, widened
 from fusionopt_jax._optax import TransformLike, accepting_extra_args, transformation
+from fusionopt_jax._trees import entries, inner_product, l1_norm, l2_norm
 from fusionopt_jax._types import Array, Count, Number, Params, Scalar
 from fusionopt_jax.iterates import fast_iterate, schedule_free_states
 
@@ -36,13 +38,12 @@ _NORMS: tuple[GradientNorm, ...] = ("l2", "mean_abs")
 
 
 class PolyakState(NamedTuple):
-    r"""State of `polyak`.
+    r"""State of `polyak` with rule `"ratio"`.
 
     Attributes:
-        count: Steps that entered the average of the loss; by `"schedule_free_plus"`
-            that of the norm.
+        count: Steps that entered the average of the loss.
         step_size: The factor of the last step, :math:`\gamma_t`; 1 before the first.
-        loss_average: Moving average of the loss (`"ratio"`), or the last loss.
+        loss_average: Moving average of the loss.
         norm_average: Moving average of the gradient's norm.
         inner_state: State of the wrapped transformation.
     """
@@ -54,15 +55,34 @@ class PolyakState(NamedTuple):
     inner_state: Any
 
 
+class PolyakPlusState(NamedTuple):
+    r"""State of `polyak` with rule `"schedule_free_plus"`.
+
+    Attributes:
+        count: Steps that entered the average of the norm.
+        step_size: The factor of the last step, :math:`\gamma_t`; 1 before the first.
+        loss: The last loss that was a number.
+        l1_average: Moving average of the gradient's sum of absolute entries, from 0,
+            before its bias is corrected.
+        inner_state: State of the wrapped transformation.
+    """
+
+    count: Count
+    step_size: Scalar
+    loss: Scalar
+    l1_average: Scalar
+    inner_state: Any
+
+
 def polyak(
     inner: TransformLike,
     *,
     rule: PolyakRule = "ratio",
-    norm: GradientNorm = "l2",
-    decay: Number | None = None,
-    min_ratio: Number = 0.1,
-    max_ratio: Number = 10.0,
-    f_min: Number = 0.0,
+    norm: GradientNorm | None = None,
+    b1: Number | None = None,
+    min_ratio: Number | None = None,
+    max_ratio: Number | None = None,
+    f_min: Number | None = None,
     missing_value: Literal["error", "unit"] = "error",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies the learning rate of everything inside by one shared factor.
@@ -84,32 +104,33 @@ def polyak(
     What the loss may be: where its average is zero or negative, `"ratio"` gives
     `min_ratio`; a loss that is not above :math:`f_\star - \langle g, z - y \rangle`
     gives 0 by `"schedule_free_plus"`. If the loss or the gradient's norm is infinite or
-    NaN, the factor is 0 and the averages stay as they are: no step is taken on a number
-    that says nothing. A NaN gradient still reaches the inner state; put
-    `optax.apply_if_finite` around the optimiser to drop such steps whole.
+    NaN, the factor is 0, the averages stay as they are and no parameter moves, whatever
+    the inner transformation made of it. A NaN gradient still reaches the inner state;
+    put `optax.apply_if_finite` around the optimiser to drop such steps whole.
 
     Args:
         inner: The optimiser.
         rule: How the factor is computed. `"schedule_free_plus"` needs a
             `schedule_free` inside.
-        norm: For `"ratio"`: `"l2"` is the norm of the whole gradient; `"mean_abs"` is
-            the mean absolute entry, as FusionOpt has it, which puts the ratio at
-            `max_ratio` for any network of more than a few thousand parameters.
-        decay: Decay rate of the averages, in [0, 1). `None` is 0.98 for `"ratio"` and 0
+        norm: Of `"ratio"`: `"l2"`, the default, is the norm of the whole gradient;
+            `"mean_abs"` is the mean absolute entry, as FusionOpt has it, which puts the
+            ratio at `max_ratio` for any network of more than a few thousand parameters.
+        b1: Decay rate of the averages, in [0, 1). `None` is 0.98 for `"ratio"` and 0
             (no averaging) for `"schedule_free_plus"`, as published.
-        min_ratio: Lower clamp of `"ratio"`.
-        max_ratio: Upper clamp of `"ratio"`.
-        f_min: The lowest value that the loss can reach, :math:`f_\star`, for
-            `"schedule_free_plus"`.
+        min_ratio: Lower clamp of `"ratio"`; 0.1 if `None`.
+        max_ratio: Upper clamp of `"ratio"`; 10 if `None`.
+        f_min: Of `"schedule_free_plus"`: the lowest value that the loss can reach,
+            :math:`f_\star`; 0 if `None`.
         missing_value: What an update without `value` does: `"error"`, or `"unit"` for a
             factor of exactly 1, with the norm's average still advancing.
 
     Returns:
-        A transformation whose update takes the loss as `value=`.
+        A transformation whose update takes the loss as `value=`, one number.
 
     Raises:
-        ValueError: If a setting is out of range, or `value` or `params` is missing from
-            an update that needs it, or `"schedule_free_plus"` finds no `schedule_free`.
+        ValueError: If a setting is out of range or belongs to the other rule, or
+            `value` or `params` is missing from an update that needs it, or `value` is
+            not one number, or `"schedule_free_plus"` finds no `schedule_free`.
 
     Example:
         >>> import jax.numpy as jnp, optax, fusionopt_jax as fo
@@ -125,31 +146,80 @@ def polyak(
         `"ratio"`: FusionOpt's first release, with the norm corrected.
         `"schedule_free_plus"`: Defazio, *ScheduleFree+*, arXiv 2605.19095. Its
         published code corrects the bias of the norm's average anew at every step when
-        `decay` > 0; here it is corrected once. While the interpolation is annealed,
+        `b1` > 0; here it is corrected once. While the interpolation is annealed,
         that code weighs the inner product with the new value; here it is taken with
         the parameters as they are, which the old value made.
     """
     check_choice("rule", rule, _RULES)
-    check_choice("norm", norm, _NORMS)
     check_choice("missing_value", missing_value, ("error", "unit"))
-    if decay is None:
-        decay = 0.98 if rule == "ratio" else 0.0
-    check_decay_rate("decay", decay)
-    check_positive("min_ratio", min_ratio)
-    if is_concrete_number(min_ratio):
-        check_number("max_ratio", max_ratio, low=min_ratio)
-    check_number("f_min", f_min)
+    if rule == "ratio":
+        _refuse_settings(rule, f_min=f_min)
+        norm = "l2" if norm is None else norm
+        check_choice("norm", norm, _NORMS)
+        first, advance = _ratio(norm, b1, min_ratio, max_ratio)
+    else:
+        _refuse_settings(rule, norm=norm, min_ratio=min_ratio, max_ratio=max_ratio)
+        first, advance = _schedule_free_plus(b1, f_min)
     inner_tx = accepting_extra_args(inner)
 
-    def init_fn(params: Params) -> PolyakState:
+    def init_fn(params: Params) -> PolyakState | PolyakPlusState:
         check_leaves("polyak", params, complex_too=True)
-        inner_state = inner_tx.init(params)
-        if rule == "schedule_free_plus" and not schedule_free_states(inner_state):
+        return first(inner_tx.init(params))
+
+    def update_fn(
+        updates: Any,
+        state: PolyakState | PolyakPlusState,
+        params: Params | None = None,
+        *,
+        value: Array | float | None = None,
+        **extra_args: Any,
+    ) -> tuple[Any, PolyakState | PolyakPlusState]:
+        if value is None and missing_value == "error":
             raise ValueError(
-                "`polyak` with rule 'schedule_free_plus' needs a `schedule_free` "
-                "inside it, whose fast iterate enters the step size; without one use "
-                "rule 'ratio'."
+                "`polyak` needs the loss: call `update(grads, state, params, "
+                "value=loss)`."
             )
+        check_leaves("polyak", updates, complex_too=True)
+        loss = None
+        if value is not None:
+            check_scalar_value("polyak", value)
+            loss = jnp.asarray(value, jnp.float32)
+            extra_args["value"] = value
+        state = advance(updates, state, params, loss)
+        step_size = state.step_size
+        inner_updates, inner_state = inner_tx.update(
+            updates, state.inner_state, params, step_size=step_size, **extra_args
+        )
+        if not schedule_free_states(inner_state):
+            # Selected, since zero times NaN is NaN.
+            inner_updates = jax.tree.map(
+                lambda u: jnp.where(step_size > 0, step_size * u, 0).astype(u.dtype),
+                inner_updates,
+            )
+        return inner_updates, state._replace(inner_state=inner_state)
+
+    return transformation(init_fn, update_fn)
+
+
+# How a rule starts its state and computes the step size in it.
+_Rule: TypeAlias = tuple[Callable[[Any], Any], Callable[..., Any]]
+
+
+def _ratio(
+    norm: GradientNorm,
+    b1: Number | None,
+    min_ratio: Number | None,
+    max_ratio: Number | None,
+) -> _Rule:
+    """clamp(EMA(f) / EMA(‖g‖)); the averages start at their first value."""
+    b1 = 0.98 if b1 is None else b1
+    low = 0.1 if min_ratio is None else min_ratio
+    high = 10.0 if max_ratio is None else max_ratio
+    check_decay_rate("b1", b1)
+    check_positive("min_ratio", low)
+    check_number("max_ratio", high, low=low if is_concrete_number(low) else 0.0)
+
+    def first(inner_state: Any) -> PolyakState:
         return PolyakState(
             count=jnp.zeros([], jnp.int32),
             step_size=jnp.ones([], jnp.float32),
@@ -159,138 +229,116 @@ def polyak(
             inner_state=inner_state,
         )
 
-    def update_fn(
-        updates: Any,
-        state: PolyakState,
-        params: Params | None = None,
-        *,
-        value: Array | float | None = None,
-        **extra_args: Any,
-    ) -> tuple[Any, PolyakState]:
-        if value is None and missing_value == "error":
-            raise ValueError(
-                "`polyak` needs the loss: call `update(grads, state, params, "
-                "value=loss)`."
-            )
-        check_leaves("polyak", updates, complex_too=True)
-        if value is not None:
-            check_scalar_value("polyak", value)
-        if rule == "ratio":
-            averages = _ratio(updates, state, value)
+    def advance(
+        updates: Any, state: PolyakState, params: Params | None, loss: Scalar | None
+    ) -> PolyakState:
+        del params
+        if norm == "l2":
+            size = l2_norm(updates)
         else:
-            averages = _schedule_free_plus(updates, state, params, value)
-        step_size, loss_average, norm_average, counted = averages
-        if value is not None:
-            extra_args["value"] = value
-        inner_updates, inner_state = inner_tx.update(
-            updates, state.inner_state, params, step_size=step_size, **extra_args
-        )
-        if not schedule_free_states(inner_state):
-            inner_updates = jax.tree.map(
-                lambda u: (step_size * u).astype(u.dtype), inner_updates
-            )
-        return inner_updates, PolyakState(
-            count=state.count + counted.astype(jnp.int32),
-            step_size=step_size,
+            size = l1_norm(updates) / max(entries(updates), 1)
+        usable = jnp.isfinite(size)
+        if loss is not None:
+            usable &= jnp.isfinite(loss)
+
+        def average(old: Scalar, new: Scalar, started: Array) -> Scalar:
+            mixed = jnp.where(started, b1 * old + (1 - b1) * new, new)
+            return jnp.where(usable, mixed, old)
+
+        norm_average = average(state.norm_average, size, state.norm_average > 0)
+        if loss is None:
+            # The first loss may come later than the first gradient.
+            step_size = jnp.ones([], jnp.float32)
+            loss_average, count = state.loss_average, state.count
+        else:
+            loss_average = average(state.loss_average, loss, state.count > 0)
+            count = _counted(state.count, usable)
+            tiny = jnp.finfo(jnp.float32).tiny
+            ratio = loss_average / jnp.maximum(norm_average, tiny)
+            step_size = jnp.clip(ratio, low, high)
+        return PolyakState(
+            count=count,
+            step_size=jnp.where(usable, step_size, 0.0),
             loss_average=loss_average,
             norm_average=norm_average,
+            inner_state=state.inner_state,
+        )
+
+    return first, advance
+
+
+def _schedule_free_plus(b1: Number | None, f_min: Number | None) -> _Rule:
+    """max(0, f − f* + ⟨g, z − y⟩) / (√(π/2) EMA(‖g‖₁)), bias-corrected."""
+    b1 = 0.0 if b1 is None else b1
+    lowest = 0.0 if f_min is None else f_min
+    check_decay_rate("b1", b1)
+    check_number("f_min", lowest)
+
+    def first(inner_state: Any) -> PolyakPlusState:
+        if not schedule_free_states(inner_state):
+            raise ValueError(
+                "`polyak` with rule 'schedule_free_plus' needs a `schedule_free` "
+                "inside it, whose fast iterate enters the step size; without one use "
+                "rule 'ratio'."
+            )
+        return PolyakPlusState(
+            count=jnp.zeros([], jnp.int32),
+            step_size=jnp.ones([], jnp.float32),
+            loss=jnp.zeros([], jnp.float32),
+            l1_average=jnp.zeros([], jnp.float32),
             inner_state=inner_state,
         )
 
-    def _ratio(
-        updates: Any, state: PolyakState, value: Array | float | None
-    ) -> tuple[Scalar, Scalar, Scalar, Array]:
-        """clamp(EMA(f) / EMA(‖g‖)); the averages start at their first value."""
-        size = _gradient_norm(updates, norm)
-        loss = state.loss_average if value is None else _as_fp32(value)
-        usable = jnp.isfinite(loss) & jnp.isfinite(size)
-
-        def average(old: Scalar, new: Scalar, started: Array) -> Scalar:
-            mixed = jnp.where(started, decay * old + (1 - decay) * new, new)
-            return jnp.where(usable, mixed, old)
-
-        # The first loss may come later than the first gradient.
-        loss_average, counted = state.loss_average, jnp.zeros_like(usable)
-        if value is not None:
-            loss_average = average(state.loss_average, loss, state.count > 0)
-            counted = usable
-        norm_average = average(state.norm_average, size, state.norm_average > 0)
-        tiny = jnp.finfo(jnp.float32).tiny
-        ratio = loss_average / jnp.maximum(norm_average, tiny)
-        step_size = jnp.clip(ratio, min_ratio, max_ratio)
-        if value is None:
-            step_size = jnp.ones_like(step_size)
-        return jnp.where(usable, step_size, 0.0), loss_average, norm_average, counted
-
-    def _schedule_free_plus(
-        updates: Any,
-        state: PolyakState,
-        params: Params | None,
-        value: Array | float | None,
-    ) -> tuple[Scalar, Scalar, Scalar, Array]:
-        """max(0, f − f* + ⟨g, z − y⟩) / (√(π/2) EMA(‖g‖₁)), bias-corrected."""
+    def advance(
+        updates: Any, state: PolyakPlusState, params: Params | None, loss: Scalar | None
+    ) -> PolyakPlusState:
         if params is None:
             raise ValueError(
                 "`polyak` with rule 'schedule_free_plus' needs the parameters: call "
                 "`update(grads, state, params, value=loss)`."
             )
-        size = _gradient_norm(updates, "l1")
-        loss = state.loss_average if value is None else _as_fp32(value)
-        lag = _inner_product(updates, fast_iterate(state, params), params)
-        usable = jnp.isfinite(loss) & jnp.isfinite(size) & jnp.isfinite(lag)
-        count = state.count + usable.astype(jnp.int32)
-        norm_average = jnp.where(
-            usable, decay * state.norm_average + (1 - decay) * size, state.norm_average
-        )
-        corrected = norm_average / (
-            1 - jnp.asarray(decay, jnp.float32) ** jnp.maximum(count, 1)
-        )
-        scale = jnp.maximum(
-            math.sqrt(math.pi / 2) * corrected, jnp.finfo(jnp.float32).tiny
-        )
-        step_size = jnp.maximum(0.0, loss - f_min + lag) / scale
-        if value is None:
-            step_size = jnp.ones_like(step_size)
+        size = l1_norm(updates)
+        y = jax.tree.map(widened, params)
+        z = jax.tree.map(widened, fast_iterate(state.inner_state, params))
+        lag = inner_product(updates, optax.tree.sub(z, y))
+        f = state.loss if loss is None else loss
+        usable = jnp.isfinite(f) & jnp.isfinite(size) & jnp.isfinite(lag)
+
+        count = _counted(state.count, usable)
+        l1_average = b1 * state.l1_average + (1 - b1) * size
+        l1_average = jnp.where(usable, l1_average, state.l1_average)
+        steps = jnp.maximum(count, 1).astype(jnp.float32)
+        corrected = l1_average / (1 - jnp.asarray(b1, jnp.float32) ** steps)
+
+        tiny = jnp.finfo(jnp.float32).tiny
+        scale = jnp.maximum(math.sqrt(math.pi / 2) * corrected, tiny)
+        step_size = jnp.maximum(0.0, f - lowest + lag) / scale
+        if loss is None:
+            step_size = jnp.ones([], jnp.float32)
         # With no gradient there is no direction, and nothing to divide by.
-        usable_step = usable & (size > 0)
-        loss_average = jnp.where(usable, loss, state.loss_average)
-        return (
-            jnp.where(usable_step, step_size, 0.0),
-            loss_average,
-            norm_average,
-            usable,
+        return PolyakPlusState(
+            count=count,
+            step_size=jnp.where(usable & (size > 0), step_size, 0.0),
+            loss=jnp.where(usable, f, state.loss),
+            l1_average=l1_average,
+            inner_state=state.inner_state,
         )
 
-    return transformation(init_fn, update_fn)
+    return first, advance
 
 
-def _as_fp32(value: Array | float) -> Scalar:
-    return jnp.asarray(value, jnp.float32)
+def _counted(count: Count, usable: Array) -> Count:
+    """A step counter, advanced where the step is usable; it stops at its largest."""
+    return jnp.where(usable, jnp.asarray(optax.safe_increment(count)), count)
 
 
-def _gradient_norm(updates: Any, norm: Literal["l1", "l2", "mean_abs"]) -> Scalar:
-    """A norm over all leaves, in fp32."""
-    leaves = [jnp.abs(widened(leaf)) for leaf in jax.tree.leaves(updates)]
-    if norm == "l2":
-        return jnp.sqrt(_total(jnp.sum(leaf * leaf) for leaf in leaves))
-    total = _total(jnp.sum(leaf) for leaf in leaves)
-    size = sum(leaf.size for leaf in leaves)
-    return total / max(size, 1) if norm == "mean_abs" else total
-
-
-def _inner_product(gradient: Any, z: Params, y: Params) -> Scalar:
-    """⟨g, z − y⟩ over all leaves, in fp32."""
-    products = jax.tree.map(
-        lambda g, a, b: jnp.sum(
-            jnp.real(jnp.conj(widened(g)) * (widened(a) - widened(b)))
-        ),
-        gradient,
-        z,
-        y,
-    )
-    return _total(jax.tree.leaves(products))
-
-
-def _total(terms: Any) -> Scalar:
-    """The sum of some scalars, 0 if there are none."""
-    return sum(terms, start=jnp.zeros([], jnp.float32))
+def _refuse_settings(rule: PolyakRule, **settings: Any) -> None:
+    """Require that settings of the other rule are not given."""
+    given = [name for name, value in settings.items() if value is not None]
+    if given:
+        other = next(one for one in _RULES if one != rule)
+        listed = ", ".join(f"`{name}`" for name in given)
+        raise ValueError(
+            f"{listed} has no effect with `rule`={rule!r}: leave it out, or choose "
+            f"rule {other!r}, which it belongs to."
+        )

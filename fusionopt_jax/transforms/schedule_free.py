@@ -21,10 +21,11 @@ from fusionopt_jax._checks import (
     check_number,
     check_rate_or_schedule,
 )
+from fusionopt_jax._direction import check_direction, check_direction_on
 from fusionopt_jax._leaves import check_leaves, copied, wide_dtype, widened
 from fusionopt_jax._optax import TransformLike, accepting_extra_args, transformation
 from fusionopt_jax._types import Array, Count, Number, Params, Scalar, ScalarOrSchedule
-from fusionopt_jax.iterates import ScheduleFreeState, average_of
+from fusionopt_jax.iterates import ScheduleFreeState, average_of, sample_of
 
 InnerParams: TypeAlias = Literal["fast", "gradient", "average"]
 
@@ -67,7 +68,8 @@ def schedule_free(
     `optax.add_decayed_weights` inside it decays the fast iterate.
 
     Args:
-        inner: Returns a direction: positive sign, no learning rate.
+        inner: Returns a direction: positive sign, no learning rate. A complete
+            optimiser, which `optax.contrib.schedule_free` takes, is refused.
         learning_rate: Non-negative number, or a schedule of the step count from 0.
         b1: Interpolation :math:`\beta` between the fast iterate (0) and the average
             (1), in [0, 1]. With a momentum inside, 0.6 serves better than 0.9.
@@ -91,7 +93,8 @@ def schedule_free(
         dtypes, lead from the current :math:`y` to the next.
 
     Raises:
-        ValueError: If a setting is out of range, `params` is missing from an update, or
+        ValueError: If `inner` goes against the gradient, as a complete optimiser does,
+            a setting is out of range, `params` is missing from an update, or
             `b1` is 0 with `keep_average=False`.
 
     Example:
@@ -135,6 +138,7 @@ def schedule_free(
             "`optax.inject_hyperparams`, name it in `static_args`."
         )
     inner_tx = accepting_extra_args(inner)
+    is_direction = check_direction("schedule_free", inner)
     state_dtype = jnp.dtype(state_dtype)
 
     def stores_average(params: Params) -> bool:
@@ -163,6 +167,8 @@ def schedule_free(
 
     def init_fn(params: Params) -> ScheduleFreeState:
         check_leaves("schedule_free", params, complex_too=True)
+        if not is_direction:
+            check_direction_on("schedule_free", inner_tx, params)
 
         def iterate() -> Params:
             """A copy of the parameters as the state keeps them."""
@@ -175,6 +181,7 @@ def schedule_free(
             b1=interpolation(jnp.zeros([], jnp.int32)),
             weight_sum=jnp.zeros([], jnp.float32),
             max_learning_rate=jnp.zeros([], jnp.float32),
+            y_sample=sample_of(params),
             z=z,
             x=x,
             inner_state=inner_tx.init(params),
@@ -207,7 +214,8 @@ def schedule_free(
         beta = interpolation(state.count)
 
         def fast(z: Array, u: Array) -> Array:
-            return (z - gamma * widened(u)).astype(z.dtype)
+            # Selected, since zero times NaN is NaN, and a step size of zero no step.
+            return jnp.where(gamma == 0, z, z - gamma * widened(u)).astype(z.dtype)
 
         def average(x: Array, z_next: Array) -> Array:
             return (x + c * (z_next - x)).astype(x.dtype)
@@ -218,11 +226,13 @@ def schedule_free(
 
         z_next = jax.tree.map(fast, state.z, direction)
         x_next = jax.tree.map(average, x, z_next)
-        return jax.tree.map(step, params, z_next, x_next), ScheduleFreeState(
+        updates = jax.tree.map(step, params, z_next, x_next)
+        return updates, ScheduleFreeState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             b1=beta,
             weight_sum=weight_sum,
             max_learning_rate=largest,
+            y_sample=sample_of(params, updates),
             z=z_next,
             x=None if state.x is None else x_next,
             inner_state=inner_state,

@@ -57,7 +57,7 @@ class SNRGateState(NamedTuple):
 def snr_gate(
     inner: TransformLike,
     *,
-    decay: Number = 0.9,
+    b1: Number = 0.9,
     floor: Number = 0.0,
     power: Number = 1.0,
     unit: Unit = "neuron",
@@ -80,7 +80,7 @@ def snr_gate(
 
     Args:
         inner: Returns a direction: positive sign, no learning rate.
-        decay: Decay rate of both averages, :math:`\beta`, in [0, 1).
+        b1: Decay rate of both averages, :math:`\beta`, in [0, 1).
         floor: The smallest gate, :math:`s_{\min}`, in [0, 1].
         power: :math:`p`, positive; above 1 closes the gate faster.
         unit: `"neuron"` gates each output neuron of a matrix, `"entry"` each entry.
@@ -107,7 +107,7 @@ def snr_gate(
         FusionOpt, the release of August 2026 (its `snr` component with `snr_source`
         `"grad"`); its PyTorch matrices are `(out, in)`.
     """
-    check_decay_rate("decay", decay)
+    check_decay_rate("b1", b1)
     check_number("floor", floor, low=0.0, high=1.0)
     check_positive("power", power)
     check_choice("unit", unit, _UNITS)
@@ -135,7 +135,7 @@ def snr_gate(
         """The new averages of one leaf or stack, and its gates."""
         norm = jnp.abs if unit == "entry" else _neuron_norms
         g = g.astype(jnp.float32)
-        b = jnp.asarray(decay, jnp.float32)
+        b = jnp.asarray(b1, jnp.float32)
         m = b * m + (1 - b) * g
         # Of v its root, which has the range of the gradients.
         root = jnp.hypot(jnp.sqrt(b) * root, jnp.sqrt(1 - b) * norm(g))
@@ -161,7 +161,7 @@ def snr_gate(
             updates, state.inner_state, params, **extra_args
         )
         count = jnp.asarray(optax.safe_increment(state.count))
-        correction = 1 - jnp.asarray(decay, jnp.float32) ** count
+        correction = 1 - jnp.asarray(b1, jnp.float32) ** count
         if unit == "entry":
             treedef = jax.tree.structure(updates)
             trees = (updates, state.gradient_average, state.size)

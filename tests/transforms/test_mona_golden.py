@@ -26,7 +26,7 @@ def accelerated(tx, grads):
 def test_acceleration_of_fusion_opt(case):
     golden = _golden.load(case)
     alpha = golden.extra["defaults"]["mona_alpha"]
-    tx = fo.mona(alpha=alpha, beta=golden.extra["defaults"]["beta_n"])
+    tx = fo.mona(alpha=alpha, b1=golden.extra["defaults"]["beta_n"])
     grads = {name: golden.grads[name] for name in golden.state["A"]}
     state = tx.init({name: jnp.asarray(g[0]) for name, g in grads.items()})
     for step in range(_golden.STEPS):
@@ -43,9 +43,7 @@ def test_acceleration_of_fusion_opt(case):
 @pytest.mark.parametrize("weighted", [True, False])
 def test_follows_the_equations(alpha, weighted):
     golden = _golden.load("fusion_ns5-mona")
-    ours = accelerated(
-        fo.mona(alpha=alpha, beta=0.975, weighted=weighted), golden.grads
-    )
+    ours = accelerated(fo.mona(alpha=alpha, b1=0.975, weighted=weighted), golden.grads)
     for name, grads in golden.grads.items():
         expected, _ = mona.trajectory(grads, alpha=alpha, beta=0.975, weighted=weighted)
         # float32 sums of the updates, which reach |alpha| times 30.

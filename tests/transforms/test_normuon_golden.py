@@ -35,7 +35,7 @@ def optimizer(hyper, **ns5_settings):
         # The published code scales by the aspect ratio after the normalisation. A
         # factor in front of it comes out again, since the norm is restored.
         fo.ns5(routing=ROUTING, scale="aspect", **ns5_settings),
-        fo.normuon(routing=ROUTING, beta2=hyper["beta2"]),
+        fo.normuon(routing=ROUTING, b2=hyper["beta2"]),
         decay_where_present(hyper["weight_decay"]),
         optax.scale(-hyper["lr"]),
     )

@@ -51,7 +51,7 @@ def test_a_loss_without_anything_to_gain(loss):
 
 
 def test_one_negative_loss_among_others_is_averaged():
-    tx, params, state = start("ratio", decay=0.75)
+    tx, params, state = start("ratio", b1=0.75)
     for loss in (20.0, -20.0):
         _, state = tx.update(GRADIENT, state, params, value=loss)
     expected = (0.75 * 20 - 0.25 * 20) / 5
@@ -65,7 +65,9 @@ def test_a_loss_that_is_no_number_moves_nothing_and_leaves_no_trace(rule, loss):
     _, before = tx.update(GRADIENT, state, params, value=2.0)
     updates, after = tx.update(GRADIENT, before, params, value=loss)
     assert float(after.step_size) == 0
-    for field in ("loss_average", "norm_average", "count"):
+    kept = set(before._fields) - {"step_size", "inner_state"}
+    assert len(kept) == 3
+    for field in kept:
         np.testing.assert_array_equal(getattr(after, field), getattr(before, field))
     fast = fo.fast_params(before, params), fo.fast_params(after, params)
     jax.tree.map(np.testing.assert_array_equal, *fast)
@@ -109,3 +111,67 @@ def test_half_precision_gradients_are_measured_in_float32(dtype):
     # The nearest numbers of eight bits and of eleven are 1/256 away at most.
     assert float(state.step_size) == pytest.approx(3.0, rel=2**-8)
     assert updates["w"].dtype == dtype
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("entry", [jnp.nan, jnp.inf])
+def test_a_gradient_that_is_no_number_moves_no_parameter(rule, entry):
+    gradient = GRADIENT | {"a": jnp.array([entry])}
+    _, updates, state = first_factor(rule, 1.0, gradient)
+    assert float(state.step_size) == 0
+    assert not any(np.any(leaf) for leaf in updates.values())
+    # Around an optimiser whose updates it multiplies itself.
+    if rule == "ratio":
+        tx = fo.polyak(optax.sgd(0.1))
+        updates, _ = tx.update(gradient, tx.init(gradient), gradient, value=1.0)
+        assert not any(np.any(leaf) for leaf in updates.values())
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_loss_is_one_number(rule):
+    tx, params, state = start(rule)
+    for value in (jnp.ones(1), jnp.ones((1, 1))):
+        with pytest.raises(ValueError, match="one number"):
+            tx.update(GRADIENT, state, params, value=value)
+
+
+@pytest.mark.parametrize("size", [1e30, 1e20, 1e-20, 1e-30])
+def test_the_norm_of_any_gradient_is_in_range(size):
+    gradient = jax.tree.map(lambda g: size * g, GRADIENT)
+    _, _, state = first_factor("ratio", 1.0, gradient)
+    assert float(state.norm_average) == pytest.approx(5 * size, rel=ROUNDING)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_one_huge_gradient_leaves_a_finite_state(rule):
+    tx, params, state = start(rule)
+    for size in (1.0, 1e30, 1.0):
+        gradient = jax.tree.map(lambda g, s=size: s * g, GRADIENT)
+        updates, state = tx.update(gradient, state, params, value=1.0)
+        params = optax.apply_updates(params, updates)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((params, state)))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_count_stops_at_its_largest(rule):
+    tx, params, state = start(rule)
+    _, state = tx.update(GRADIENT, state, params, value=1.0)
+    state = state._replace(count=jnp.asarray(2**31 - 1, jnp.int32))
+    _, state = tx.update(GRADIENT, state, params, value=1.0)
+    assert int(state.count) == 2**31 - 1
+    assert float(state.step_size) > 0
+
+
+@pytest.mark.parametrize(
+    ("rule", "setting"),
+    [
+        ("ratio", {"f_min": 0.0}),
+        ("schedule_free_plus", {"norm": "l2"}),
+        ("schedule_free_plus", {"min_ratio": 0.1}),
+        ("schedule_free_plus", {"max_ratio": 10.0}),
+    ],
+)
+def test_a_setting_of_the_other_rule_is_an_error(rule, setting):
+    (name,) = setting
+    with pytest.raises(ValueError, match=f"`{name}` has no effect"):
+        start(rule, **setting)

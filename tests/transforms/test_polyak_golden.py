@@ -23,7 +23,7 @@ def test_ratio_of_fusion_opt(case):
         optax.identity(),
         rule="ratio",
         norm="mean_abs",
-        decay=settings["beta_p"],
+        b1=settings["beta_p"],
         min_ratio=settings["gamma_min"],
         max_ratio=settings["gamma_max"],
     )
@@ -78,7 +78,7 @@ def schedule_free_plus(hyper):
             inner_params="gradient",
         ),
         rule="schedule_free_plus",
-        decay=hyper["polyak_beta"],
+        b1=hyper["polyak_beta"],
     )
     return knowing_its_rate(tx, hyper["lr"])
 

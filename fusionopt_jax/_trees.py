@@ -1,0 +1,63 @@
+"""Sums over all leaves of a tree, in fp32."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fusionopt_jax._leaves import widened
+from fusionopt_jax._types import Array, Scalar
+
+
+def l2_norm(tree: Any) -> Scalar:
+    r"""The Euclidean norm of all entries, :math:`\sqrt{\sum x^2}`.
+
+    Where the sum of squares leaves the range of fp32, which entries above 1e19 or below
+    1e-19 do to it, it is taken again of entries divided by the largest.
+    """
+    leaves = jax.tree.leaves(tree)
+    squares = total(jnp.sum(jnp.square(_sizes(x))) for x in leaves)
+
+    def scaled() -> Scalar:
+        # Widened in here: of what is given from outside, a branch gets a whole copy.
+        largest = jnp.zeros([], jnp.float32)
+        for x in leaves:
+            largest = jnp.maximum(largest, jnp.max(_sizes(x), initial=0))
+        unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+        squares = total(jnp.sum(jnp.square(_sizes(x) / unit)) for x in leaves)
+        return unit * jnp.sqrt(squares)
+
+    # A second look at the whole tree, for which few steps have a reason.
+    in_range = (squares > jnp.finfo(jnp.float32).tiny) & jnp.isfinite(squares)
+    return jax.lax.cond(in_range, lambda: jnp.sqrt(squares), scaled)
+
+
+def l1_norm(tree: Any) -> Scalar:
+    r"""The sum of all absolute entries, :math:`\sum |x|`."""
+    return total(jnp.sum(_sizes(x)) for x in jax.tree.leaves(tree))
+
+
+def inner_product(a: Any, b: Any) -> Scalar:
+    r"""The sum of the products of entries, :math:`\operatorname{Re} \sum \bar a b`."""
+
+    def product(x: Array, y: Array) -> Scalar:
+        return jnp.sum(jnp.real(jnp.conj(widened(x)) * widened(y)))
+
+    products = jax.tree.map(product, a, b)
+    return total(jax.tree.leaves(products))
+
+
+def entries(tree: Any) -> int:
+    """How many entries a tree has."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def total(terms: Iterable[Array]) -> Scalar:
+    """The sum of some scalars, 0 if there are none."""
+    return sum(terms, start=jnp.zeros([], jnp.float32))
+
+
+def _sizes(leaf: Array) -> Array:
+    """The absolute values of the entries."""
+    return jnp.abs(widened(leaf))

@@ -51,12 +51,13 @@ def accumulate(
             array.
 
     Returns:
-        A transformation whose updates have the shapes and dtypes of the gradients. The
-        sums are kept in fp32; the mean is cast back to the gradients' dtype. Of extra
-        arguments other than `value`, `tx` sees those of the call that runs it.
+        A transformation whose updates have the dtypes of the parameters, or of the
+        gradients where an update comes without `params`. The sums are kept in fp32; the
+        mean is cast back to the gradients' dtype. Of extra arguments other than
+        `value`, `tx` sees those of the call that runs it.
 
     Raises:
-        ValueError: If `every` is below 1.
+        ValueError: If `every` is below 1, or `value` is not one number.
         TypeError: If `every` is no integer.
 
     Example:
@@ -103,7 +104,9 @@ def accumulate(
             value_count = value_count + 1
             value_sum = value_sum + jnp.asarray(value, jnp.float32)
 
-        def run(inner_state: Any, updates: Any) -> tuple[Any, Any]:
+        like = updates if params is None else params
+
+        def run(inner_state: Any, like: Any) -> tuple[Any, Any]:
             """The inner update on the means."""
             mean = jax.tree.map(
                 lambda total, g: (total / micro_step).astype(g.dtype),
@@ -115,18 +118,18 @@ def accumulate(
                 mean, inner_state, params, **known, **extra_args
             )
             return (
-                jax.tree.map(lambda u, g: u.astype(g.dtype), results, updates),
+                jax.tree.map(lambda u, p: u.astype(p.dtype), results, like),
                 inner_state,
             )
 
-        def wait(inner_state: Any, updates: Any) -> tuple[Any, Any]:
+        def wait(inner_state: Any, like: Any) -> tuple[Any, Any]:
             """Zeros."""
-            return jax.tree.map(jnp.zeros_like, updates), inner_state
+            return jax.tree.map(jnp.zeros_like, like), inner_state
 
         full = micro_step >= every
         # As operands, because outside of `jit` a branch doesn't know the sharding of
         # the arrays that it closes over.
-        results, inner_state = jax.lax.cond(full, run, wait, state.inner_state, updates)
+        results, inner_state = jax.lax.cond(full, run, wait, state.inner_state, like)
         return results, AccumulateState(
             micro_step=jnp.where(full, 0, micro_step),
             gradient_sum=jax.tree.map(

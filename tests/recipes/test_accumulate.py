@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import fusionopt_jax as fo
 from tests import _compare
@@ -129,6 +130,39 @@ def test_other_extra_arguments_are_those_of_the_running_call():
     _, state = tx.update(params, state, params, rate=jnp.float32(5.0))
     updates, _ = tx.update(params, state, params, rate=jnp.float32(7.0))
     np.testing.assert_array_equal(updates["w"], 7.0)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_rows_may_be_divided_over_an_explicit_mesh(compiled):
+    tx = fo.accumulate(optax.sgd(1.0), every=2)
+    with jax.set_mesh(jax.make_mesh((4,), ("x",))):
+        params = jax.device_put({"w": jnp.ones((8, 4))}, P("x", None))
+        state = tx.init(params)
+        update = jax.jit(tx.update) if compiled else tx.update
+        for expected in (0.0, -1.0):
+            updates, state = update(params, state, params)
+            assert jax.typeof(updates["w"]) == jax.typeof(params["w"])
+            np.testing.assert_array_equal(updates["w"], expected)
+
+
+def test_updates_keep_the_precision_of_the_parameters():
+    params = {"w": jnp.ones(2)}
+    narrow = optax.tree.cast(params, jnp.bfloat16)
+    tx = fo.accumulate(fo.schedule_free(optax.identity(), 1e-3), every=2)
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(narrow, state, params)
+        params = optax.apply_updates(params, updates)
+    # A thousandth is no number of bfloat16; the state led to float32 parameters.
+    assert updates["w"].dtype == jnp.float32
+    fo.eval_params(state, params)
+
+
+def test_the_loss_is_one_number():
+    tx = fo.accumulate(optax.sgd(1.0), every=2)
+    params = {"w": jnp.ones(2)}
+    with pytest.raises(ValueError, match="one number"):
+        tx.update(params, tx.init(params), params, value=jnp.ones(1))
 
 
 def test_missing_loss_is_the_inner_optimisers_error():

@@ -15,7 +15,7 @@ SHAPE = (6, 8)
 
 @pytest.mark.parametrize("unit", ["neuron", "entry"])
 def test_follows_the_equations(rng, unit):
-    settings = {"decay": 0.8, "floor": 0.3, "power": 2.0}
+    settings = {"b1": 0.8, "floor": 0.3, "power": 2.0}
     tx = fo.snr_gate(optax.trace(0.9), unit=unit, **settings)
     reference = stabilisers.SignalToNoiseGate(
         SHAPE, by_neuron=unit == "neuron", **settings
@@ -89,7 +89,7 @@ def test_a_vector_has_no_neurons():
         fo.snr_gate(optax.identity()).init({"bias": jnp.ones(3)})
 
 
-@pytest.mark.parametrize("bad", [{"decay": 1.0}, {"floor": 1.5}, {"power": 0.0}])
+@pytest.mark.parametrize("bad", [{"b1": 1.0}, {"floor": 1.5}, {"power": 0.0}])
 def test_bad_settings_are_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         fo.snr_gate(optax.identity(), **bad)

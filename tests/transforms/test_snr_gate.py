@@ -15,10 +15,10 @@ SHAPE = (6, 8)
 
 @pytest.mark.parametrize("unit", ["neuron", "entry"])
 def test_follows_the_equations(rng, unit):
-    settings = {"b1": 0.8, "floor": 0.3, "power": 2.0}
-    tx = fo.snr_gate(optax.trace(0.9), unit=unit, **settings)
+    settings = {"floor": 0.3, "power": 2.0}
+    tx = fo.snr_gate(optax.trace(0.9), b1=0.8, unit=unit, **settings)
     reference = stabilisers.SignalToNoiseGate(
-        SHAPE, by_neuron=unit == "neuron", **settings
+        SHAPE, by_neuron=unit == "neuron", decay=0.8, **settings
     )
     update = jax.jit(tx.update)
     state = tx.init({"w": jnp.zeros(SHAPE)})

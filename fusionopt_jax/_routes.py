@@ -1,6 +1,7 @@
 """What a routing says of the leaves of a tree: as a table to read, and to compare."""
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -37,8 +38,7 @@ class Route:
         """Label and matrices in one line, such as `spectral 36x(128, 128)`."""
         if self.view is None:
             return self.label
-        rows, columns = self.view.matrix_shape
-        return f"{self.label} {self.view.count}x({rows}, {columns})"
+        return f"{self.label} {_matrices(self.view, 'x')}"
 
     @property
     def axes(self) -> str:
@@ -58,8 +58,7 @@ def table(routes: Sequence[Route]) -> str:
     for route in routes:
         matrices = ""
         if route.view is not None:
-            inputs, outputs = route.view.matrix_shape
-            matrices = f"{route.view.count} x ({inputs}, {outputs})"
+            matrices = _matrices(route.view, " x ")
         rows.append(
             (
                 route.path,
@@ -78,6 +77,14 @@ def table(routes: Sequence[Route]) -> str:
         for row in rows
     ]
     return "\n".join([*lines, _totals(routes)])
+
+
+def _matrices(view: MatrixView, times: str) -> str:
+    """How many matrices of which shape, such as `1x(128, 128) + 2x(128, 64)`."""
+    runs = itertools.groupby(view.stacks, lambda stack: stack.matrix)
+    return " + ".join(
+        f"{sum(stack.count for stack in run)}{times}{matrix}" for matrix, run in runs
+    )
 
 
 def _totals(routes: Sequence[Route]) -> str:

@@ -44,27 +44,34 @@ class MatrixAxes:
         reduction_axis: The input axis or axes, which a matrix sums over; `None` takes
             the layout's (the second to last of `"in_out"`, the last of `"out_in"`).
         output_axis: The output axis or axes; `None` takes the layout's other one.
-        chunks: How many weights are fused into one: 3 for qkv, 6 for adaLN, 2 for
-            gate/up. Each chunk is a matrix of its own.
+        chunks: How many equal weights are fused into one: 3 for qkv, 6 for adaLN, 2 for
+            gate/up. Or the size of each, such as `(1024, 256, 256)` for the queries,
+            keys and values of a grouped-query attention; they must add up to the side.
+            Each chunk is a matrix of its own.
         chunk_axis: The side they are fused along: `"output"`, or `"input"`, as for the
             output projection of an attention split by heads.
+        block: In place of `chunks`, the size of each of the equal weights, such as the
+            width of a head.
 
     Raises:
-        ValueError: If `chunks` is below 1 or only one of the two axes is given.
+        ValueError: If `chunks` or `block` is below 1, both are given, or only one of
+            the two axes is.
 
     Example:
         >>> MatrixAxes(chunks=3)
         MatrixAxes(chunks=3)
+        >>> grouped = MatrixAxes(chunks=(1024, 256, 256))
         >>> conv = MatrixAxes(reduction_axis=(0, 1, 2), output_axis=3)
     """
 
     reduction_axis: Axes | None = None
     output_axis: Axes | None = None
-    chunks: int = 1
+    chunks: int | Sequence[int] = 1
     chunk_axis: Literal["input", "output"] = "output"
+    block: int | None = None
 
     def __post_init__(self) -> None:
-        check_integer("chunks", self.chunks, low=1)
+        self._check_chunks()
         check_choice("chunk_axis", self.chunk_axis, ("input", "output"))
         if (self.reduction_axis is None) != (self.output_axis is None):
             raise ValueError(
@@ -76,6 +83,28 @@ class MatrixAxes:
             value = getattr(self, name)
             if value is not None and not isinstance(value, int):
                 object.__setattr__(self, name, tuple(value))
+
+    def _check_chunks(self) -> None:
+        """Require sizes or counts of at least 1, given once."""
+        if isinstance(self.chunks, int):
+            check_integer("chunks", self.chunks, low=1)
+        elif not isinstance(self.chunks, Sequence) or not self.chunks:
+            raise ValueError(
+                "`chunks` must be a number of equal matrices or a sequence with the "
+                f"size of each, such as (1024, 256, 256); got {self.chunks!r}."
+            )
+        else:
+            for size in self.chunks:
+                check_integer("chunks", size, low=1)
+            object.__setattr__(self, "chunks", tuple(self.chunks))
+        if self.block is not None:
+            check_integer("block", self.block, low=1)
+            if self.chunks != 1:
+                raise ValueError(
+                    f"`chunks`={self.chunks} and `block`={self.block} were both given; "
+                    "give the number of matrices, the size of each, or `block`, the "
+                    "size of all."
+                )
 
     def __repr__(self) -> str:
         return f"MatrixAxes({', '.join(_settings(self))})"
@@ -109,10 +138,10 @@ class Rule:
     pattern: str
     label: str | None = None
     axes: MatrixAxes | DimensionNumbers | None = None
-    chunks: dataclasses.InitVar[int | None] = None
+    chunks: dataclasses.InitVar[int | Sequence[int] | None] = None
     scale: float | int = 1.0
 
-    def __post_init__(self, chunks: int | None) -> None:
+    def __post_init__(self, chunks: int | Sequence[int] | None) -> None:
         check_pattern("pattern", self.pattern)
         if not is_concrete_number(self.scale):
             raise TypeError(

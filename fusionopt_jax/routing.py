@@ -223,7 +223,7 @@ class Routing:
             rule = None
         if rule is None and is_embedding_like(name):
             return SCALAR, "embedding-like name"
-        if min(view.matrix_shape) < self.min_dim:
+        if view.smallest_side < self.min_dim:
             return SCALAR, f"a side is below {self.min_dim}"
         by = f"rule {rule.pattern!r}" if rule else f"both sides >= {self.min_dim}"
         return SPECTRAL, by
@@ -242,13 +242,15 @@ class Routing:
             inputs, outputs = (0, 1) if self.layout == "in_out" else (1, 0)
         else:
             inputs, outputs = axes.reduction_axis, axes.output_axis
-        return MatrixView(
+        chunks = axes.chunks if isinstance(axes.chunks, int) else tuple(axes.chunks)
+        view = MatrixView(
             shape=shape,
             in_axes=_absolute("reduction_axis", inputs, rank, offset, name, leaf),
             out_axes=_absolute("output_axis", outputs, rank, offset, name, leaf),
-            chunks=axes.chunks,
+            chunks=chunks,
             chunk_axis=axes.chunk_axis,
         ).checked(name)
+        return view if axes.block is None else view.in_blocks(axes.block, name)
 
     def _layer_axes(self, name: str) -> int:
         """How many leading axes of a leaf count layers: one under a stacked prefix."""

@@ -48,7 +48,7 @@ def reason_of(routing, params=TRANSFORMER):
 
 def matrices_of(routing, params=TRANSFORMER):
     return {
-        route.path: route.view.stack_shape
+        route.path: route.view.stacks[0]
         for route in routing.routes(params)
         if route.view is not None
     }
@@ -122,6 +122,82 @@ def test_chunks_that_do_not_divide_are_named():
     routing = fo.Routing([fo.Rule("head/kernel", chunks=3)])
     with pytest.raises(ValueError, match=r"'head/kernel'.*`chunks`=3.*256"):
         routing.labels(TRANSFORMER)
+
+
+GROUPED = {"qkv": {"kernel": jax.ShapeDtypeStruct((4, 128, 512), jnp.float32)}}
+
+
+@pytest.mark.parametrize("chunks", [(256, 128, 128), [256, 128, 128]])
+def test_chunks_may_be_unequal(chunks):
+    routing = fo.Routing([fo.Rule("qkv/kernel", chunks=chunks)], stacked=["qkv"])
+    (route,) = routing.routes(GROUPED)
+    assert route.label == "spectral"
+    assert route.view.stacks == ((4, 128, 256), (4, 128, 128), (4, 128, 128))
+    assert "4 x (128, 256) + 8 x (128, 128)" in routing.table(GROUPED)
+    equal = fo.Routing([fo.Rule("qkv/kernel", chunks=4)], stacked=["qkv"])
+    with pytest.raises(
+        ValueError, match=r"spectral 16x\(128, 128\), now .* 4x\(128, 256\) \+ 8x"
+    ):
+        routing.check(GROUPED, equal.fingerprint(GROUPED))
+    # The same sizes in another order.
+    moved = fo.Routing([fo.Rule("qkv/kernel", chunks=(128, 256, 128))], stacked=["qkv"])
+    with pytest.raises(ValueError, match="moved"):
+        routing.check(GROUPED, moved.fingerprint(GROUPED))
+    assert hash(routing) == hash(
+        fo.Routing([fo.Rule("qkv/kernel", chunks=tuple(chunks))], stacked=["qkv"])
+    )
+
+
+def test_the_smallest_chunk_decides():
+    routing = fo.Routing([fo.Rule("qkv", chunks=(384, 64, 64))], stacked=["qkv"])
+    assert label_of(routing, GROUPED) == {"qkv/kernel": "scalar"}
+
+
+def test_equal_sizes_blocks_and_a_number_are_one_split():
+    axes = [
+        fo.MatrixAxes(chunks=4),
+        fo.MatrixAxes(chunks=(128,) * 4),
+        fo.MatrixAxes(block=128),
+    ]
+    prints = {
+        fo.Routing([fo.Rule("qkv", axes=each)], stacked=["qkv"]).fingerprint(GROUPED)
+        for each in axes
+    }
+    assert len(prints) == 1
+    by_input = fo.MatrixAxes(block=32, chunk_axis="input")
+    routing = fo.Routing([fo.Rule("qkv", "spectral", by_input)], stacked=["qkv"])
+    assert matrices_of(routing, GROUPED) == {"qkv/kernel": (16, 32, 512)}
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        (
+            {"chunks": (256, 128)},
+            r"'qkv/kernel'.*\(256, 128\).*384.*output side is 512",
+        ),
+        ({"block": 100}, r"'qkv/kernel'.*`block`=100.*side is 512"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(axes, message):
+    rule = fo.Rule("qkv", axes=fo.MatrixAxes(**axes))
+    routing = fo.Routing([rule], stacked=["qkv"])
+    with pytest.raises(ValueError, match=message):
+        routing.table(GROUPED)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"chunks": ()}, {"chunks": (3, 0)}, {"chunks": 0}, {"block": 0}],
+)
+def test_chunks_are_positive_numbers(wrong):
+    with pytest.raises(ValueError, match=r"`(chunks|block)`"):
+        fo.MatrixAxes(**wrong)
+
+
+def test_chunks_and_blocks_exclude_each_other():
+    with pytest.raises(ValueError, match="`chunks`=3 and `block`=64"):
+        fo.MatrixAxes(chunks=3, block=64)
 
 
 def test_layouts_swap_inputs_and_outputs():

@@ -168,8 +168,9 @@ def matrix_shapes(params: Any) -> dict[tuple[int, int], int]:
     counts: dict[tuple[int, int], int] = {}
     for route in routing_of(params).routes(params):
         if route.label == fo.routing.SPECTRAL and route.view is not None:
-            small, large = sorted(route.view.matrix_shape)
-            counts[small, large] = counts.get((small, large), 0) + route.view.count
+            for stack in route.view.stacks:
+                small, large = sorted(stack.matrix)
+                counts[small, large] = counts.get((small, large), 0) + stack.count
     return counts
 
 

@@ -47,7 +47,7 @@ class MatrixView:
         in_axes: The axes that a matrix sums over, counted from 0.
         out_axes: The axes of its output neurons.
         chunks: Into how many equal matrices each fused matrix is split, or the sizes of
-            its parts. Equal parts lie in one stack, others in one for each part.
+            its parts. Equal matrices lie in one stack, parts in one for each.
         chunk_axis: Which side the split runs along.
     """
 
@@ -103,6 +103,11 @@ class MatrixView:
         """The inverse of `to_stack`."""
         return self.from_stacks([stack])
 
+    @property
+    def smallest_side(self) -> int:
+        """The shortest side of any matrix."""
+        return min(min(stack.matrix) for stack in self.stacks)
+
     def checked(self, name: str) -> "MatrixView":
         """Itself, if its axes are distinct and its chunks fit; `name` is a path."""
         used = self.in_axes + self.out_axes
@@ -111,21 +116,28 @@ class MatrixView:
                 f"The matrices of leaf {name!r} use an axis twice: inputs "
                 f"{self.in_axes}, outputs {self.out_axes}."
             )
-        side = self._chunked_side
         if isinstance(self.chunks, int):
-            if side % self.chunks:
-                raise ValueError(
-                    f"Leaf {name!r} of shape {self.shape} can't be split into "
-                    f"`chunks`={self.chunks}: its {self.chunk_axis} side is {side} "
-                    "long."
-                )
-        elif sum(self.chunks) != side:
-            raise ValueError(
-                f"Leaf {name!r} of shape {self.shape} can't be split into parts of "
-                f"sizes `chunks`={self.chunks}: they add up to {sum(self.chunks)}, and "
-                f"its {self.chunk_axis} side is {side} long."
-            )
+            fits, wanted = self._chunked_side % self.chunks == 0, ""
+        else:
+            total = sum(self.chunks)
+            fits, wanted = total == self._chunked_side, f", which add up to {total}"
+        if not fits:
+            raise self._error(name, f"`chunks`={self.chunks}{wanted}")
+        if isinstance(self.chunks, tuple) and len(set(self.chunks)) == 1:
+            return dataclasses.replace(self, chunks=len(self.chunks))
         return self
+
+    def in_blocks(self, size: int, name: str) -> "MatrixView":
+        """The view whose chunks are all of one size; `name` is a path."""
+        if self._chunked_side % size:
+            raise self._error(name, f"blocks of `block`={size}")
+        return dataclasses.replace(self, chunks=self._chunked_side // size)
+
+    def _error(self, name: str, wanted: str) -> ValueError:
+        return ValueError(
+            f"Leaf {name!r} of shape {self.shape} can't be split into {wanted}: its "
+            f"{self.chunk_axis} side is {self._chunked_side} long."
+        )
 
     def one_layer(self) -> "MatrixView":
         """How a slice of length 1 along the leaf's first axis, a batch axis, is."""
@@ -175,8 +187,6 @@ class MatrixView:
         """How many equal chunks there are in each stack, and the size of each kind."""
         if isinstance(self.chunks, int):
             return self.chunks, (self._chunked_side // self.chunks,)
-        if len(set(self.chunks)) == 1:
-            return len(self.chunks), self.chunks[:1]
         return 1, self.chunks
 
     @property

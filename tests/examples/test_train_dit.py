@@ -549,7 +549,7 @@ def test_the_routing_cuts_fused_kernels_and_spares_the_ends():
     )
     params = jax.eval_shape(lambda: dit.init_params(config, 0))
     matrices = {
-        route.path: (route.view.count, route.view.matrix_shape)
+        route.path: (route.view.count, route.view.stacks[0].matrix)
         for route in optimizers.ROUTING.routes(params)
         if route.label == "spectral"
     }

@@ -42,6 +42,12 @@ def main(arguments: list[str] | None = None) -> int:
     except RunError as error:
         print(f"train_dit.py: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(
+            f"train_dit.py: error: {error}; what was written before is kept",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt as stopped:
         print(f"stopped; {str(stopped) or 'what was written is kept'}", file=sys.stderr)
         return 130

@@ -38,16 +38,26 @@ class Checkpoints:
         """Write a state and its deployable weights, unless a number is not finite."""
         if not all_finite((state, deployed)):
             return False
-        if int(state.step) != self.latest():
+        step, before = int(state.step), self.latest()
+        if step == before:
+            return True
+        try:
             checkpoints.save(
                 self.manager,
-                int(state.step),
+                step,
                 state.params,
                 state.opt_state,
                 routing=optimizers.ROUTING,
                 deployed=deployed,
                 about=self.config,
             )
+        # The second is how the library below Orbax says that the disk is full.
+        except (OSError, ValueError) as error:
+            again = "start again" if before is None else "go on with --resume"
+            raise RunError(
+                f"the checkpoint of step {step} cannot be written to {self.folder} "
+                f"({one_line(error)}); make room, and {again}"
+            ) from error
         return True
 
     def restore(self, shapes: TrainState) -> TrainState:
@@ -67,7 +77,7 @@ class Checkpoints:
                     check=self.check_config,
                 )
         except (checkpoints.DamagedCheckpointError, OSError, ValueError) as error:
-            raise RunError(f"--resume: {' '.join(str(error).split())}") from error
+            raise RunError(f"--resume: {one_line(error)}") from error
         for step, reason in found.skipped.items():
             print(
                 f"train_dit.py: {self.folder / str(step)} is damaged ({reason}); going "
@@ -85,6 +95,11 @@ class Checkpoints:
                 f"--resume: {self.folder} comes from another config: "
                 f"{'; '.join(changed)}; give the same settings or another --out"
             )
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, without the line breaks."""
+    return " ".join(str(error).split())
 
 
 def open_manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
@@ -108,7 +123,7 @@ def saved_config(folder: Path) -> dict[str, Any]:
             warnings.simplefilter("ignore", checkpoints.DamagedCheckpointWarning)
             return checkpoints.read_about(manager)
     except (checkpoints.DamagedCheckpointError, OSError) as error:
-        raise RunError(f"--resume: {' '.join(str(error).split())}") from error
+        raise RunError(f"--resume: {one_line(error)}") from error
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

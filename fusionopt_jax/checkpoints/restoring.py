@@ -1,10 +1,7 @@
 """Read the newest checkpoint that is as it was saved, into what it was saved from."""
 
-import contextlib
-import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -14,6 +11,7 @@ import orbax.checkpoint as ocp
 
 from fusionopt_jax._types import Params, PyTree
 from fusionopt_jax.checkpoints import record
+from fusionopt_jax.checkpoints.echoes import without_echoes
 from fusionopt_jax.routing import Routing
 
 _T = TypeVar("_T")
@@ -270,7 +268,7 @@ def _read(
 ) -> dict[str, Any]:
     """What Orbax reads; whatever it says of broken files becomes one error."""
     try:
-        with _without_echoes():
+        with without_echoes():
             found = manager.restore(step, args=ocp.args.Composite(**items))
         return dict(found.items())
     except PermissionError:
@@ -279,30 +277,6 @@ def _read(
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DamagedCheckpointError(f"it can't be read: {first[:200]}") from error
-
-
-@contextlib.contextmanager
-def _without_echoes() -> Iterator[None]:
-    """Keep quiet about the reads that are in flight when Orbax gives up on another.
-
-    It closes its event loop at the first error. Each read that ends after that raises
-    in a thread where nobody catches it, and prints a traceback of its own.
-    """
-    before = sys.unraisablehook
-
-    def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            before(unraisable)
-
-    sys.unraisablehook = hook
-    try:
-        yield
-    except Exception:
-        # They come within milliseconds of the error.
-        time.sleep(0.1)
-        raise
-    finally:
-        sys.unraisablehook = before
 
 
 def _committed_sharding(leaf: Any) -> jax.sharding.Sharding | None:

@@ -8,6 +8,7 @@ import orbax.checkpoint as ocp
 
 from fusionopt_jax._types import Params, PyTree
 from fusionopt_jax.checkpoints import record
+from fusionopt_jax.checkpoints.echoes import without_echoes
 from fusionopt_jax.routing import Routing
 
 
@@ -69,14 +70,15 @@ def save(
     if deployed is not None:
         items["deployed"] = deployed
     described = record.make(items, routing, about or {})
-    return manager.save(
-        step,
-        args=ocp.args.Composite(
-            **{
-                item: ocp.args.StandardSave(tree)
-                for item, tree in items.items()
-                if jax.tree.leaves(tree)
-            },
-            **{record.ITEM: ocp.args.JsonSave(described)},
-        ),
-    )
+    with without_echoes():
+        return manager.save(
+            step,
+            args=ocp.args.Composite(
+                **{
+                    item: ocp.args.StandardSave(tree)
+                    for item, tree in items.items()
+                    if jax.tree.leaves(tree)
+                },
+                **{record.ITEM: ocp.args.JsonSave(described)},
+            ),
+        )

@@ -1,5 +1,6 @@
 """The main job, in tiny settings: its outputs, resuming, and every refusal."""
 
+import contextlib
 import csv
 import json
 import resource
@@ -17,7 +18,16 @@ import orbax.checkpoint as ocp
 import pytest
 import train_dit
 from benchmarks import compare_optimizers
-from dit_training import data, folders, optimizers, quality, report, sampling, training
+from dit_training import (
+    checkpoints,
+    data,
+    folders,
+    optimizers,
+    quality,
+    report,
+    sampling,
+    training,
+)
 from dit_training.errors import RunError
 from PIL import Image
 
@@ -231,22 +241,52 @@ def test_a_harmed_run_goes_on_and_says_so(
     chex.assert_trees_all_equal(saved_state(folder)[1], saved_state(finished)[1])
 
 
-def test_a_full_disk_leaves_files_as_they_were(tmp_path):
-    path = tmp_path / "config.json"
-    folders.write_whole(path, "before")
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """Let writing fail past a size, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # Past the limit a write fails, as on a full disk; the signal would end the process.
+    # The signal would end the process.
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
-        with pytest.raises(RunError, match=r"config\.json cannot be written") as caught:
-            folders.write_whole(path, "after")
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, previous)
+
+
+def test_a_full_disk_leaves_files_as_they_were(tmp_path):
+    path = tmp_path / "config.json"
+    folders.write_whole(path, "before")
+    with (
+        files_of_at_most(0),
+        pytest.raises(RunError, match=r"config\.json cannot be written") as caught,
+    ):
+        folders.write_whole(path, "after")
     assert "as it was" in str(caught.value)
     assert path.read_text() == "before"
     assert [entry.name for entry in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_disk_too_full_for_a_checkpoint_is_one_line(
+    images, tmp_path, monkeypatch, capfd, without_sampling
+):
+    save = checkpoints.checkpoints.save
+
+    def save_on_a_full_disk(manager, step, *arguments, **keywords):
+        with files_of_at_most(2**30 if step == 2 else 2000):
+            return save(manager, step, *arguments, **keywords)
+
+    monkeypatch.setattr(checkpoints.checkpoints, "save", save_on_a_full_disk)
+    assert run(images, tmp_path, "--steps", "4") == 2
+    message = error_line(capfd)
+    assert "the checkpoint of step 4 cannot be written" in message
+    assert "make room, and go on with --resume" in message
+    monkeypatch.undo()
+    monkeypatch.setattr(sampling, "measure", lambda *_: {"max_cache_difference": 0.0})
+    monkeypatch.setattr(train_dit, "summary_text", lambda *_: "")
+    assert train_dit.main(["--out", str(tmp_path), "--resume"]) == 0
+    assert saved_state(tmp_path)[0] == 4
 
 
 def test_a_second_run_in_one_folder_is_refused(images, tmp_path, capsys):

@@ -8,8 +8,19 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from fusionopt_jax.dit.files import check_archive
-from fusionopt_jax.dit.weights.pt_file import TensorRecord, TorchFile
+from fusionopt_jax.dit.weights.npz_file import read_npz
+from fusionopt_jax.dit.weights.pt_file import read_pt
+from fusionopt_jax.dit.weights.reader import Reader
+from fusionopt_jax.dit.weights.safetensors_file import read_safetensors
+
+FORMATS: dict[str, Reader] = {
+    ".pt": read_pt,
+    ".pth": read_pt,
+    ".ckpt": read_pt,
+    ".safetensors": read_safetensors,
+    ".npz": read_npz,
+}
+"""What reads a file, by its ending; a new format is a module and a line here."""
 
 _ENTRIES = ("ema", "model", "state_dict")
 """Where training checkpoints keep weights, the preferred ones first."""
@@ -48,52 +59,14 @@ def _read_file(path: pathlib.Path, entry: str | None) -> dict[str, np.ndarray]:
     """The arrays of a weight file."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no weight file {path}.")
-    suffix = path.suffix.lower()
-    if suffix in (".pt", ".pth", ".ckpt"):
-        with TorchFile(path) as file:
-            chosen = _choose_entry(file.content, entry, str(path))
-            file.check_size(chosen.values())
-            records = {
-                name: file.array(value) if isinstance(value, TensorRecord) else value
-                for name, value in chosen.items()
-            }
-        return _read_mapping(records)
-    if suffix == ".safetensors":
-        return _read_mapping(_choose_entry(_read_safetensors(path), entry, str(path)))
-    if suffix == ".npz":
-        return _read_mapping(_choose_entry(_read_npz(path), entry, str(path)))
-    raise ValueError(
-        f"{path} must end in .pt, .pth, .ckpt, .safetensors or .npz, so that its "
-        "format is known."
-    )
-
-
-def _read_safetensors(path: pathlib.Path) -> dict[str, Any]:
-    """The arrays of a `.safetensors` file."""
-    try:
-        from safetensors import flax as safetensors_flax
-    except ImportError as error:
-        raise ImportError(
-            "reading .safetensors needs safetensors, which is not installed; install "
-            'the extra `examples`: pip install "fusionopt-jax[examples]".'
-        ) from error
-    try:
-        return dict(safetensors_flax.load_file(os.fspath(path)))
-    except Exception as error:
-        raise ValueError(f"{path} is not a readable .safetensors: {error}.") from error
-
-
-def _read_npz(path: pathlib.Path) -> dict[str, Any]:
-    """The arrays of an `.npz` file; pickled objects in it are refused."""
-    # Opened here, since np.load forgets to close what it can't read.
-    with path.open("rb") as stream:
-        try:
-            check_archive(stream)
-            with np.load(stream, allow_pickle=False) as file:
-                return {name: file[name] for name in file.files}
-        except Exception as error:
-            # Damaged bytes can fail anywhere: zip, zlib, the header of an array.
-            raise ValueError(f"{path} is not a readable .npz: {error}.") from error
+    read = FORMATS.get(path.suffix.lower())
+    if read is None:
+        *others, last = FORMATS
+        raise ValueError(
+            f"{path} must end in {', '.join(others)} or {last}, so that its format is "
+            "known."
+        )
+    return _read_mapping(read(path, lambda held: _choose_entry(held, entry, str(path))))
 
 
 def _choose_entry(content: Any, entry: str | None, source: str) -> Mapping[str, Any]:

@@ -15,13 +15,14 @@ import pathlib
 import pickle
 import pickletools
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from fusionopt_jax.dit.files import check_swelling
+from fusionopt_jax.dit.weights.reader import Choose
 
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
@@ -323,3 +324,34 @@ class TorchFile:
         if entry.compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"entry {name!r} is compressed")
         return self._archive.read(entry)
+
+
+def read_pt(path: pathlib.Path, choose: Choose) -> Mapping[str, Any]:
+    """The arrays of a `.pt` file, of which only the chosen ones are read.
+
+    Args:
+        path: The file.
+        choose: What to take of it.
+
+    Returns:
+        Arrays by name, and what else stands beside them.
+
+    Raises:
+        ValueError: As :class:`TorchFile` does.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder) / "weights.pt"
+        ...     with zipfile.ZipFile(path, "w") as file:
+        ...         file.writestr("weights/data.pkl", pickle.dumps({"step": 3}, 2))
+        ...     read_pt(path, lambda content: content)
+        {'step': 3}
+    """
+    with TorchFile(path) as file:
+        chosen = choose(file.content)
+        file.check_size(chosen.values())
+        return {
+            name: file.array(value) if isinstance(value, TensorRecord) else value
+            for name, value in chosen.items()
+        }

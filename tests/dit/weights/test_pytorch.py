@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from fusionopt_jax import dit
-from fusionopt_jax.dit.weights import pt_file
+from fusionopt_jax.dit.weights import files, pt_file
 from tests.dit._models import CONFIG, DATA, random_params
 
 # Written by torch.save of PyTorch 2.13: {"model", "ema", "opt", "args"} as a published
@@ -241,10 +241,15 @@ class TestWrongWeights:
         with pytest.raises(ValueError, match=r"not a readable \.npz"):
             dit.from_pytorch(tmp_path / "objects.npz")
 
+    def test_every_reader_is_in_the_list(self):
+        modules = pathlib.Path(pt_file.__file__).parent.glob("*_file.py")
+        listed = {reader.__module__.split(".")[-1] for reader in files.FORMATS.values()}
+        assert listed == {module.stem for module in modules}
+
     def test_missing_safetensors_names_the_extra(self, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "safetensors", None)
         (tmp_path / "weights.safetensors").write_bytes(b"")
-        with pytest.raises(ImportError, match="extra `examples`"):
+        with pytest.raises(ImportError, match="extra `dit`"):
             dit.from_pytorch(tmp_path / "weights.safetensors")
 
 

@@ -52,7 +52,7 @@ class RowScaleState(NamedTuple):
 
     Attributes:
         square_sum: For each leaf an fp32 array `(matrices, out)`: the average of every
-            output neuron's sum of squares.
+            output neuron's sum of squares. A tuple of such where chunks are unequal.
     """
 
     square_sum: Params

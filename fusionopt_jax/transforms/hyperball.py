@@ -27,7 +27,8 @@ class HyperballState(NamedTuple):
     Attributes:
         count: Updates so far.
         radius: For each leaf an fp32 array `(matrices,)`: every matrix's norm at
-            initialisation, 0 where it is not constrained.
+            initialisation, 0 where it is not constrained. A tuple of such where chunks
+            are unequal.
         inner_state: State of the wrapped transformation.
     """
 
@@ -53,7 +54,8 @@ def hyperball(
     and width, and the constant norm takes the place of weight decay. A matrix that
     starts at zero (the modulators of an adaLN-zero transformer, LoRA's second factor)
     has no sphere and would stay zero for ever; it takes the plain step
-    :math:`W - \gamma U`, throughout.
+    :math:`W - \gamma U`, throughout. Norms are scaled: entries of an m × n matrix may
+    be as large as 3e38/√(mn).
 
     As the step is not linear in the learning rate, this transformation takes it itself:
     its updates are complete and are added by `optax.apply_updates`. It can be combined

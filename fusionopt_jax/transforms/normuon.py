@@ -23,7 +23,7 @@ class NorMuonState(NamedTuple):
 
     Attributes:
         second_moment: For each leaf an fp32 array `(matrices, out)`: every output
-            neuron's mean square, :math:`v_t`.
+            neuron's mean square, :math:`v_t`. A tuple of such where chunks are unequal.
     """
 
     second_moment: Params
@@ -46,7 +46,9 @@ def normuon(
 
     The mean runs over the inputs of each output neuron: over the first axis of an
     `(in, out)` kernel. :math:`v` starts at zero without bias correction; restoring the
-    norm cancels the missing factor exactly. Zero matrices stay zero.
+    norm cancels the missing factor exactly. Zero matrices stay zero. Squares of entries
+    above 1e19 or below 1e-19 leave the range of fp32; what `ns5` returns is near 1,
+    whatever the size of the gradient was.
 
     Args:
         b2: Decay rate of the second moment, :math:`\beta_2`, in [0, 1).

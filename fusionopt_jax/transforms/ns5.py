@@ -90,7 +90,10 @@ def ns5(
         X \leftarrow G / (\|G\|_F + \epsilon), \qquad
         X \leftarrow aX + (bR + cR^2)X, \quad R = XX^\top \quad (\text{`steps` times})
 
-    A matrix of zeros stays zero. The norm is taken in fp32 whatever `hot_dtype` is.
+    A matrix of zeros stays zero. The norm is taken in fp32 whatever `hot_dtype` is, and
+    scaled, so that its squares don't overflow: entries of an m × n matrix may be as
+    large as 3e38/√(mn). Beside one huge entry the others vanish; one that is not finite
+    makes its matrix NaN, and no other.
 
     Args:
         routing: Where the matrices of a leaf come from (axes, chunks, stacks). Without

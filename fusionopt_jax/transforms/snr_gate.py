@@ -76,7 +76,8 @@ def snr_gate(
     is why it wraps `inner`: momentum makes any sequence look repeatable. A steady
     gradient gives 1; independent noise settles at :math:`\sqrt{(1-\beta)/(1+\beta)}`,
     0.23 at the default. The first step is never gated down, having one gradient to
-    go by.
+    go by. Of :math:`v` the root is kept, so that gradients of any finite size are in
+    range.
 
     Args:
         inner: Returns a direction: positive sign, no learning rate.

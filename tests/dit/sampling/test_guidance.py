@@ -51,9 +51,7 @@ def test_one_call_on_pairs_is_two_calls(cached):
     options = {}
     if cached:
         cache = dit.build_cache(params, CONFIG, [500.0], labels, force=True)
-        options["modulation"] = dit.step_modulation(
-            cache, 0, paired(labels, CONFIG.null_label)
-        )
+        options["modulation"] = cache.at(0, paired(labels, CONFIG.null_label))
     got = dit.apply_with_guidance(
         params, CONFIG, images, times, labels, 3.0, channels=3, **options
     )

@@ -69,6 +69,184 @@ _GRAM_STEPS_HALF = 3
 _LARGEST_UNIT = 4096.0
 
 
+def newton_schulz(
+    G: Float[Array, "*batch m n"],
+    table: CoefficientTable,
+    *,
+    eps: Number = 1e-7,
+    safety: float = 1.0,
+    preconditioner: Preconditioner = "frobenius",
+    method: Method = "auto",
+    hot_dtype: HotDtype = "fp32",
+) -> Float[Array, "*batch m n"]:
+    """Each matrix of an `(..., m, n)` stack with its singular values near 1.
+
+    The norm is taken in fp32 before anything is cast: in fp16 the sum of squares would
+    leave the range. Zero matrices give zero.
+
+    Args:
+        G: A stack of matrices, of any floating dtype.
+        table: `(a, b, c)` of each step.
+        eps: Added to the norm.
+        safety: Factor on the norm; what Polar Express needs beyond 1.
+        preconditioner: `"frobenius"`, or `"aol"` to scale rows by almost-orthogonal
+            Lipschitz bounds first (arXiv 2512.04632), which saves a step.
+        method: `"plain"`, `"gram"`, or `"auto"` for the one with fewer operations.
+        hot_dtype: The dtype of the iterations.
+
+    Returns:
+        A stack shaped like `G`, in fp32.
+    """
+    hot_dtype = resolve_hot_dtype(hot_dtype)
+    if method == "auto":
+        m, n = sorted(G.shape[-2:])
+        method = cheaper_method(m, n, table, hot_dtype)
+    dot = _Products.fitting(hot_dtype, table)
+
+    X = G.astype(jnp.float32)
+    norm = frobenius_norm(X) * safety + eps
+    X = X / jnp.where(norm > 0, norm, 1)
+    R = None
+    if preconditioner == "aol":
+        # The bounds need the Gram matrix; scaled, it serves the first step as well.
+        R = dot.gram(X * dot.unit)
+        scale = _aol_scale(R) / safety
+        X = X * scale.mT if _tall(X) else scale * X
+        R = scale * R * scale.mT
+    X = (X * dot.unit).astype(dot.storage)
+    if method == "plain":
+        X = _plain_steps(X, R, table, dot)
+    else:
+        for segment in gram_segments(table, hot_dtype):
+            X, R = _gram_steps(X, R, segment, dot), None
+    return X.astype(jnp.float32) / dot.unit
+
+
+def _plain_steps(
+    X: Array, R: Array | None, table: CoefficientTable, dot: "_Products"
+) -> Array:
+    """X ← (aI + bR + cR²) X for each row of the table; R = XXᵀ, given or computed."""
+
+    def step(X: Array, row: Array, R: Array | None = None) -> tuple[Array, None]:
+        a, b, c = row
+        R = dot.gram(X) if R is None else R
+        Z = b * R + c * dot(R, R)
+        return (a * X + dot.onto(Z, X)).astype(X.dtype), None
+
+    rows = jnp.asarray(table, jnp.float32)
+    if R is not None:
+        (X, _), rows = step(X, rows[0], R), rows[1:]
+    return jax.lax.scan(step, X, rows)[0]
+
+
+def _gram_steps(
+    X: Array, R: Array | None, table: CoefficientTable, dot: "_Products"
+) -> Array:
+    """The same on R and Q alone, and QX at the end."""
+    R = dot.gram(X) if R is None else R
+    a, b, c = first = jnp.asarray(table[0], jnp.float32)
+    Z = b * R + c * dot(R, R)
+    Q = Z + a * jnp.broadcast_to(jnp.eye(Z.shape[-1]), Z.shape)
+
+    def step(carry: tuple[Array, ...], row: Array) -> tuple[tuple[Array, ...], None]:
+        R, Z, Q, (a, _, _) = carry
+        # (aI + Z) R (aI + Z), the identities apart: in half precision aI would round Z.
+        W = a * R + dot(Z, R)
+        R = a * W + dot(W, Z)
+        a, b, c = row
+        Z = b * R + c * dot(R, R)
+        return (R, Z, a * Q + dot(Z, Q), row), None
+
+    rows = jnp.asarray(table[1:], jnp.float32).reshape(-1, 3)
+    (_, _, Q, _), _ = jax.lax.scan(step, (R, Z, Q, first), rows)
+    return dot.onto(Q, X).astype(X.dtype)
+
+
+class _Products(NamedTuple):
+    """Matrix products of operands rounded to a dtype, with sums in fp32.
+
+    Attributes:
+        dtype: What operands are rounded to.
+        storage: What the iterate X is kept in from one step to the next.
+        unit: A power of two by which operands are multiplied before they are rounded;
+            X comes and goes multiplied by it. fp16 rounds what is below 6e-5 to fewer
+            bits or to zero, and the entries of an m × n matrix of norm 1 are near
+            1/√(mn).
+    """
+
+    dtype: jnp.dtype
+    storage: jnp.dtype
+    unit: float
+
+    def __call__(self, A: Array, B: Array) -> Array:
+        """A B."""
+        return self._rounded_dot(A * self.unit, B * self.unit) / self.unit**2
+
+    def onto(self, A: Array, X: Array) -> Array:
+        """A X, from a symmetric A and X in `unit`."""
+        A = A * self.unit
+        return self._rounded_dot(*((X, A) if _tall(X) else (A, X))) / self.unit
+
+    def gram(self, X: Array) -> Array:
+        """XXᵀ, from X in `unit`."""
+        sums = "...ji,...jk->...ik" if _tall(X) else "...ij,...kj->...ik"
+        return self._rounded_dot(X, X, sums) / self.unit**2
+
+    def _rounded_dot(
+        self, A: Array, B: Array, sums: str = "...ij,...jk->...ik"
+    ) -> Array:
+        return jnp.einsum(
+            sums,
+            self._rounded(A),
+            self._rounded(B),
+            precision=jax.lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+        )
+
+    def _rounded(self, A: Array) -> Array:
+        """A in the operands' dtype; on CPUs in fp32, rounded to what that can hold.
+
+        XLA has no half-precision product with fp32 accumulation on every CPU; fp32
+        products of rounded operands are the same numbers.
+        """
+        if jax.default_backend() != "cpu":
+            return A.astype(self.dtype)
+        A = A.astype(jnp.float32)
+        if self.dtype == jnp.float32:
+            return A
+        # A pair of casts would be optimised away.
+        info = jnp.finfo(self.dtype)
+        return jax.lax.reduce_precision(A, info.nexp, info.nmant)
+
+    @classmethod
+    def fitting(cls, hot_dtype: HotDtype, table: CoefficientTable) -> "_Products":
+        """With the unit that leaves the largest operand below fp16's 65504."""
+        dtype = jnp.dtype(_DTYPES.get(hot_dtype, jnp.float32))
+        if dtype != jnp.float16:
+            return cls(dtype, dtype, 1.0)
+        # Between steps X has singular values up to 2 (the first step of Polar Express
+        # makes such), so R has entries up to 4, bR + cR² up to 4|b| + 16|c|, and Q up
+        # to the product of the a.
+        bounds = [4 * abs(b) + 16 * abs(c) for _, b, c in table]
+        for segment in gram_segments(table, hot_dtype):
+            bounds.append(math.prod(max(abs(a), 1.0) for a, _, _ in segment))
+        unit = 2.0 ** math.floor(math.log2(65504 / (2 * max(bounds))))
+        storage = jnp.dtype(jnp.float32) if hot_dtype == "fp16_safe" else dtype
+        return cls(dtype, storage, min(max(unit, 1.0), _LARGEST_UNIT))
+
+
+def _tall(X: Array) -> bool:
+    """Whether the columns are the small side."""
+    return X.shape[-2] > X.shape[-1]
+
+
+def _aol_scale(R: Float[Array, "*batch m m"]) -> Float[Array, "*batch m 1"]:
+    """s_i = (Σ_j |R_ij|)^(-1/2), R = XXᵀ: diag(s) X has no singular value above 1."""
+    row_sums = jnp.sum(jnp.abs(R), axis=-1, keepdims=True)
+    positive = row_sums > 0
+    return jnp.where(positive, jax.lax.rsqrt(jnp.where(positive, row_sums, 1)), 0)
+
+
 def coefficient_table(
     coefficients: str | Sequence[Sequence[float]], steps: int
 ) -> CoefficientTable:
@@ -121,38 +299,6 @@ def newton_schulz_flops(
     return total
 
 
-class _Hot(NamedTuple):
-    """How the products of the iterations are computed.
-
-    Attributes:
-        dtype: What operands are rounded to.
-        storage: What the iterate X is kept in from one step to the next.
-        unit: A power of two by which operands, X included, are multiplied before they
-            are rounded. fp16 rounds what is below 6e-5 to fewer bits or to zero, and
-            the entries of an m × n matrix of norm 1 are near 1/√(mn).
-    """
-
-    dtype: jnp.dtype
-    storage: jnp.dtype
-    unit: float
-
-
-def _hot(hot_dtype: HotDtype, table: CoefficientTable) -> _Hot:
-    """The dtypes, and the unit that leaves the largest operand below fp16's 65504."""
-    dtype = jnp.dtype(_DTYPES.get(hot_dtype, jnp.float32))
-    if dtype != jnp.float16:
-        return _Hot(dtype, dtype, 1.0)
-    # Between steps X has singular values up to 2 (the first step of Polar Express makes
-    # such), so R has entries up to 4, bR + cR² up to 4|b| + 16|c|, and Q up to the
-    # product of the a.
-    bounds = [4 * abs(b) + 16 * abs(c) for _, b, c in table]
-    for segment in gram_segments(table, hot_dtype):
-        bounds.append(math.prod(max(abs(a), 1.0) for a, _, _ in segment))
-    unit = 2.0 ** math.floor(math.log2(65504 / (2 * max(bounds))))
-    storage = jnp.dtype(jnp.float32) if hot_dtype == "fp16_safe" else dtype
-    return _Hot(dtype, storage, min(max(unit, 1.0), _LARGEST_UNIT))
-
-
 def gram_segments(
     table: CoefficientTable, hot_dtype: HotDtype = "fp32"
 ) -> tuple[CoefficientTable, ...]:
@@ -193,170 +339,3 @@ def frobenius_norm(
         unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
     scaled = X / unit
     return unit * jnp.sqrt(jnp.sum(scaled * scaled, axis=axis, keepdims=True))
-
-
-def newton_schulz(
-    G: Float[Array, "*batch m n"],
-    table: CoefficientTable,
-    *,
-    eps: Number = 1e-7,
-    safety: float = 1.0,
-    preconditioner: Preconditioner = "frobenius",
-    method: Method = "auto",
-    hot_dtype: HotDtype = "fp32",
-) -> Float[Array, "*batch m n"]:
-    """Each matrix of an `(..., m, n)` stack with its singular values near 1.
-
-    The norm is taken in fp32 before anything is cast: in fp16 the sum of squares would
-    leave the range. Zero matrices give zero.
-
-    Args:
-        G: A stack of matrices, of any floating dtype.
-        table: `(a, b, c)` of each step.
-        eps: Added to the norm.
-        safety: Factor on the norm; what Polar Express needs beyond 1.
-        preconditioner: `"frobenius"`, or `"aol"` to scale rows by almost-orthogonal
-            Lipschitz bounds first (arXiv 2512.04632), which saves a step.
-        method: `"plain"`, `"gram"`, or `"auto"` for the one with fewer operations.
-        hot_dtype: The dtype of the iterations.
-
-    Returns:
-        A stack shaped like `G`, in fp32.
-    """
-    hot_dtype = resolve_hot_dtype(hot_dtype)
-    tall = _tall(G)
-    if method == "auto":
-        m, n = sorted(G.shape[-2:])
-        method = cheaper_method(m, n, table, hot_dtype)
-    hot = _hot(hot_dtype, table)
-
-    X = G.astype(jnp.float32)
-    norm = frobenius_norm(X) * safety + eps
-    X = X / jnp.where(norm > 0, norm, 1)
-    R = None
-    if preconditioner == "aol":
-        # The bounds need the Gram matrix; scaled, it serves the first step as well.
-        R = _gram(_times(X, hot.unit), hot)
-        scale = _aol_scale(R) / safety
-        X = X * scale.mT if tall else scale * X
-        R = scale * R * scale.mT
-    X = _times(X, hot.unit).astype(hot.storage)
-    if method == "plain":
-        X = _plain_steps(X, R, table, hot)
-    else:
-        for segment in gram_segments(table, hot_dtype):
-            X, R = _gram_steps(X, R, segment, hot), None
-    return _times(X.astype(jnp.float32), 1 / hot.unit)
-
-
-def _plain_steps(
-    X: Array, R: Array | None, table: CoefficientTable, hot: _Hot
-) -> Array:
-    """X ← (aI + bR + cR²) X for each row of the table; R = XXᵀ, given or computed.
-
-    X comes and goes in `hot.unit`, here and below.
-    """
-
-    def following(X: Array, R: Array, row: Array) -> Array:
-        Z = row[1] * R + row[2] * _product(R, R, hot)
-        return (row[0] * X + _applied(Z, X, hot)).astype(X.dtype)
-
-    def step(X: Array, row: Array) -> tuple[Array, None]:
-        return following(X, _gram(X, hot), row), None
-
-    rows = jnp.asarray(table, jnp.float32)
-    if R is not None:
-        X, rows = following(X, R, rows[0]), rows[1:]
-    return jax.lax.scan(step, X, rows)[0]
-
-
-def _gram_steps(X: Array, R: Array | None, table: CoefficientTable, hot: _Hot) -> Array:
-    """The same polynomial with products of m × m matrices only."""
-
-    def polynomial(R: Array, row: Array) -> Array:
-        return row[1] * R + row[2] * _product(R, R, hot)
-
-    def step(carry: tuple[Array, ...], row: Array) -> tuple[tuple[Array, ...], None]:
-        R, Z, Q, a = carry
-        # (aI + Z) R (aI + Z), the identities apart: in half precision aI would round Z.
-        W = a * R + _product(Z, R, hot)
-        R = a * W + _product(W, Z, hot)
-        Z = polynomial(R, row)
-        return (R, Z, row[0] * Q + _product(Z, Q, hot), row[0]), None
-
-    rows = jnp.asarray(table, jnp.float32)
-    R = _gram(X, hot) if R is None else R
-    Z = polynomial(R, rows[0])
-    first = (R, Z, _add_identity(Z, rows[0, 0]), rows[0, 0])
-    (_, _, Q, _), _ = jax.lax.scan(step, first, rows[1:])
-    return _applied(Q, X, hot).astype(X.dtype)
-
-
-def _product(A: Array, B: Array, hot: _Hot) -> Array:
-    """A B."""
-    return _times(_applied(A, _times(B, hot.unit), hot), 1 / hot.unit)
-
-
-def _applied(A: Array, X: Array, hot: _Hot) -> Array:
-    """A X in `hot.unit`, from X in `hot.unit` and a symmetric A."""
-    A = _times(A, hot.unit)
-    product = _rounded_product(*((X, A) if _tall(X) else (A, X)), hot.dtype)
-    return _times(product, 1 / hot.unit)
-
-
-def _gram(X: Array, hot: _Hot) -> Array:
-    """XXᵀ from X in `hot.unit`."""
-    sums = "...ji,...jk->...ik" if _tall(X) else "...ij,...kj->...ik"
-    return _times(_rounded_product(X, X, hot.dtype, sums), 1 / hot.unit**2)
-
-
-def _tall(X: Array) -> bool:
-    """Whether the columns are the small side."""
-    return X.shape[-2] > X.shape[-1]
-
-
-def _times(A: Array, factor: float) -> Array:
-    """A times a number; A itself for 1, which costs no operation."""
-    return A if factor == 1 else A * factor
-
-
-def _rounded_product(
-    A: Array, B: Array, dtype: jnp.dtype, sums: str = "...ij,...jk->...ik"
-) -> Array:
-    """A B, or other sums, from operands of a dtype, accumulated in fp32."""
-    if jax.default_backend() == "cpu":
-        # XLA has no half-precision product with fp32 accumulation on every CPU; fp32
-        # products of rounded operands are the same numbers.
-        A, B = _rounded(A, dtype), _rounded(B, dtype)
-    else:
-        A, B = A.astype(dtype), B.astype(dtype)
-    return jnp.einsum(
-        sums,
-        A,
-        B,
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
-
-
-def _rounded(A: Array, dtype: jnp.dtype) -> Array:
-    """A in fp32, rounded to the precision and range of `dtype`."""
-    A = A.astype(jnp.float32)
-    if dtype == jnp.float32:
-        return A
-    # A pair of casts would be optimised away.
-    info = jnp.finfo(dtype)
-    return jax.lax.reduce_precision(A, info.nexp, info.nmant)
-
-
-def _add_identity(Z: Array, a: Array) -> Array:
-    """Z + aI."""
-    identity = jnp.eye(Z.shape[-1], dtype=Z.dtype)
-    return Z + a * jnp.broadcast_to(identity, Z.shape)
-
-
-def _aol_scale(R: Float[Array, "*batch m m"]) -> Float[Array, "*batch m 1"]:
-    """s_i = (Σ_j |R_ij|)^(-1/2), R = XXᵀ: diag(s) X has no singular value above 1."""
-    row_sums = jnp.sum(jnp.abs(R), axis=-1, keepdims=True)
-    positive = row_sums > 0
-    return jnp.where(positive, jax.lax.rsqrt(jnp.where(positive, row_sums, 1)), 0)

@@ -29,11 +29,11 @@ class ScheduleFreeState(NamedTuple):
         b1: The interpolation that made the current parameters, :math:`\beta`.
         weight_sum: Sum of the averaging weights so far.
         max_learning_rate: The largest rate that a step has used.
+        z: The fast iterate, shaped like the parameters.
+        x: The average, shaped like the parameters, or `None` where it is recovered.
         y_sample: For each leaf (for 64 of them where there are more) one entry of the
             parameters that the last step leads to, and the size that its rounding
             refers to: by it `eval_params` knows parameters that are not those.
-        z: The fast iterate, shaped like the parameters.
-        x: The average, shaped like the parameters, or `None` where it is recovered.
         inner_state: State of the wrapped transformation.
     """
 
@@ -41,9 +41,9 @@ class ScheduleFreeState(NamedTuple):
     b1: Scalar
     weight_sum: Scalar
     max_learning_rate: Scalar
-    y_sample: Float[Array, "2 leaves"]
     z: Params
     x: Params | None
+    y_sample: Float[Array, "2 leaves"]
     inner_state: Any
 
 
@@ -52,12 +52,9 @@ def average_of(state: ScheduleFreeState, params: Params) -> Params:
     if state.x is not None:
         return state.x
     b1 = state.b1
+    # By their difference, so that of a leaf that never moves all three are equal.
     return jax.tree.map(
-        lambda y, z: (
-            (y.astype(z.dtype) - (1 - b1).astype(z.dtype) * z) / b1.astype(z.dtype)
-        ),
-        params,
-        state.z,
+        lambda y, z: z + (y.astype(z.dtype) - z) / b1.astype(z.dtype), params, state.z
     )
 
 

@@ -189,7 +189,7 @@ ALL = (
             routing=routing,
             components={"ns5", "normuon", "sf", "mona", "shampoo"},
             gains=True,
-            shampoo_update_every=2,
+            settings={"shampoo": {"update_every": 2}},
         ),
         value=True,
         params=True,

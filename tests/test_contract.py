@@ -339,7 +339,9 @@ def test_every_size_of_gradient_stays_finite(hot_dtype):
             preconditioner="aol",
             scale="aspect",
         ),
-        "recipe": fo.fusion_opt(1e-2, routing=routing, hot_dtype=hot_dtype),
+        "recipe": fo.fusion_opt(
+            1e-2, routing=routing, settings={"ns5": {"hot_dtype": hot_dtype}}
+        ),
     }
 
     @jax.jit

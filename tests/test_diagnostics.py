@@ -28,7 +28,7 @@ def stepped(rng):
         1e-2,
         components=("ns5", "normuon", "mona", "shampoo", "sf"),
         routing=fo.Routing(min_dim=8),
-        audit_every=1,
+        settings={"ns5": {"audit_every": 1}},
         gains=True,
     )
     params, gradient = draw(rng), draw(rng)

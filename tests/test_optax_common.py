@@ -238,8 +238,13 @@ INJECTED = {
     "polyak": (fo.polyak, {"inner": optax.sgd(0.1)}, ()),
     "fusion_opt": (
         fo.fusion_opt,
-        {"learning_rate": 0.1, "routing": _cases.ROUTING, "steps": 3},
-        ("steps",),
+        {
+            "learning_rate": 0.1,
+            "routing": _cases.ROUTING,
+            "scalar_learning_rate": 0.05,
+            "settings": {"ns5": {"steps": 3}},
+        },
+        (),
     ),
     "fusion_opt_torch": (
         fo.fusion_opt_torch,

@@ -115,7 +115,10 @@ def test_the_first_value_of_a_schedule_is_used():
     for tx in (
         fo.schedule_free(optax.identity(), schedule, b1=0.0),
         fo.fusion_opt(
-            schedule, components=set(), polyak_rule=None, adam_b1=0.0, warmup_steps=0
+            schedule,
+            components=set(),
+            polyak_rule=None,
+            settings={"adam": {"b1": 0.0}},
         ),
     ):
         state = tx.init(params)
@@ -202,7 +205,7 @@ def test_optax_sees_only_extra_arguments_it_can_take():
 def test_names_of_coefficients_are_those_of_the_documentation():
     for name in ("quintic", "polar_express"):
         fo.ns5(coefficients=name)
-        fo.fusion_opt(0.1, coefficients=name)
+        fo.fusion_opt(0.1, settings={"ns5": {"coefficients": name}})
     with pytest.raises(ValueError, match="'quintic', 'polar_express'"):
         fo.ns5(coefficients="muon")
 

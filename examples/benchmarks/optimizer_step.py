@@ -90,7 +90,9 @@ def candidates(params: Any) -> dict[str, optax.GradientTransformationExtraArgs]:
     found = {
         "fusionopt SF-NorMuon": fo.fusion_opt(RATE, routing=routing),
         "fusionopt SF-NorMuon, AOL, 4 steps": fo.fusion_opt(
-            RATE, routing=routing, preconditioner="aol", steps=4
+            RATE,
+            routing=routing,
+            settings={"ns5": {"preconditioner": "aol", "steps": 4}},
         ),
         "fusionopt NorMuon": fo.fusion_opt(
             RATE, components={"ns5", "normuon"}, routing=routing, polyak_rule=None

@@ -1,7 +1,7 @@
 """Complete optimisers, built from the components, and what belongs around them."""
 
 from fusionopt_jax.recipes.accumulate import accumulate
-from fusionopt_jax.recipes.fusion import COMPONENTS, fusion_opt
+from fusionopt_jax.recipes.fusion import fusion_opt
 from fusionopt_jax.recipes.torch_release import fusion_opt_torch
 from fusionopt_jax.recipes.warm_start import (
     warm_start,
@@ -9,7 +9,6 @@ from fusionopt_jax.recipes.warm_start import (
 )
 
 __all__ = [
-    "COMPONENTS",
     "accumulate",
     "fusion_opt",
     "fusion_opt_torch",

@@ -1,35 +1,39 @@
 """`fusion_opt`: the composed optimiser, one learning rate, any set of components."""
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from fusionopt_jax._checks import (
-    check_choice,
     check_count,
     check_decay_rate,
     check_non_negative,
     check_rate_or_schedule,
+    did_you_mean,
     is_concrete_number,
 )
-from fusionopt_jax._matrices.newton_schulz import HotDtype, Preconditioner
-from fusionopt_jax._optax import checking_leaves, in_float32, keeping_dtype
-from fusionopt_jax._types import Number, ScalarOrSchedule
+from fusionopt_jax._direction import Direction, check_direction
+from fusionopt_jax._optax import (
+    TransformLike,
+    in_float32,
+    keeping_dtype,
+    transformation,
+)
+from fusionopt_jax._types import Number, Params, ScalarOrSchedule
+from fusionopt_jax.recipes.components import (
+    COMPONENTS,
+    adam,
+    check_combination,
+    checked_components,
+    checked_settings,
+    in_place,
+)
 from fusionopt_jax.routing import SCALAR, SPECTRAL, Routing
 from fusionopt_jax.transforms.gain import measure_gain
-from fusionopt_jax.transforms.kl_shampoo import kl_shampoo
-from fusionopt_jax.transforms.mona import mona
-from fusionopt_jax.transforms.normuon import normuon
-from fusionopt_jax.transforms.ns5 import Scale, ns5
 from fusionopt_jax.transforms.polyak import PolyakRule, polyak
-from fusionopt_jax.transforms.schedule_free import schedule_free
-
-Component: TypeAlias = Literal["ns5", "normuon", "mona", "shampoo", "sf"]
-
-COMPONENTS: tuple[Component, ...] = ("ns5", "normuon", "mona", "shampoo", "sf")
 
 
 def fusion_opt(
@@ -43,32 +47,17 @@ def fusion_opt(
     warmup_steps: int | jax.Array = 0,
     momentum: Number = 0.8,
     nesterov: bool = False,
-    mona_alpha: Number = 0.2,
-    mona_beta: Number = 0.9,
-    shampoo_b2: Number = 0.98,
-    shampoo_update_every: int | jax.Array = 10,
-    coefficients: str | Sequence[Sequence[float]] = "polar_express",
-    steps: int | None = None,
-    preconditioner: Preconditioner = "frobenius",
-    hot_dtype: HotDtype = "auto",
-    scale: Scale = "rms",
-    audit_every: int | jax.Array | None = None,
-    normuon_beta2: Number = 0.95,
-    b1: Number = 0.6,
-    r: Number = 2.0,
-    weight_lr_power: Number = 2.0,
-    adam_b1: Number = 0.9,
-    adam_b2: Number = 0.99,
-    adam_eps: Number = 1e-8,
     polyak_rule: PolyakRule | None = "ratio",
+    settings: Mapping[str, Any] | None = None,
+    groups: Mapping[str, TransformLike] | None = None,
     gains: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Trains matrices spectrally and everything else with Adam, on one step size.
 
-    Matrices get momentum, then the chosen components; the rest gets Adam. Both
-    directions have a root mean square of about 0.2 to 1, so one learning rate serves
-    both; one Polyak factor multiplies it, and Schedule-Free averaging takes the place
-    of a schedule:
+    Matrices get momentum and the chosen components; the rest gets Adam. Both directions
+    have a root mean square of about 0.2 to 1, so one learning rate serves both; one
+    Polyak factor multiplies it, and Schedule-Free averaging takes the place of a
+    schedule:
 
     .. math::
         u = \begin{cases}
@@ -78,16 +67,23 @@ def fusion_opt(
         \end{cases}, \qquad
         z \leftarrow z - \eta\,\gamma\,u
 
+    Components stand in the order in which they are listed here, whatever the order of
+    `components`. For the matrices: `"mona"` (acceleration) before the momentum;
+    `"shampoo"` (KL-Shampoo) around it; `"ns5"`
+    (orthogonalise) and `"normuon"` (equalise neurons) after it; `"snr_gate"` and then
+    `"cautious"` around all of these; `"cautious_decay"` in place of the decay, for the
+    rest too; `"hyperball"` in place of decay and step. For both groups: `"sf"`
+    (Schedule-Free).
+
     Args:
         learning_rate: :math:`\eta`, a positive number or a schedule of the step count
             from 0. 8e-3 suits most networks; the update of a matrix has a root mean
             square of 0.2 times that, as with AdamW.
-        components: Any of `"ns5"` (orthogonalise), `"normuon"` (equalise neurons),
-            `"mona"` (acceleration), `"shampoo"` (KL-Shampoo preconditioning) and `"sf"`
-            (Schedule-Free). `{"ns5"}` is Muon, `{"ns5", "normuon"}` NorMuon; the
-            default is SF-NorMuon.
+        components: Any of the names above. `{"ns5"}` is Muon, `{"ns5", "normuon"}`
+            NorMuon; the default is SF-NorMuon.
         routing: Which leaves are matrices; the default `Routing()` if `None`. Print
-            `routing.table(params)` before training.
+            `routing.table(params)` before training. The `scale` of a rule multiplies
+            the learning rate of its leaves.
         scalar_learning_rate: Learning rate of the leaves that are no matrices; `None`
             takes `learning_rate`.
         weight_decay: Decoupled decay :math:`\lambda` of the matrices, on the fast
@@ -96,27 +92,17 @@ def fusion_opt(
         warmup_steps: Over how many steps the learning rate rises linearly.
         momentum: Decay rate of the matrices' momentum, in [0, 1).
         nesterov: Let the momentum look one step ahead, as Muon's code does.
-        mona_alpha: Strength of `"mona"`, see `mona`.
-        mona_beta: Decay rate of `"mona"`.
-        shampoo_b2: Decay rate of the factors of `"shampoo"`, see `kl_shampoo`.
-        shampoo_update_every: Steps between two renewals of its bases.
-        coefficients: Of `"ns5"`, see `ns5`.
-        steps: Of `"ns5"`, see `ns5`.
-        preconditioner: Of `"ns5"`, see `ns5`; `"aol"` with 4 `steps` is its cheapest
-            setting of the same quality on matrices of full rank.
-        hot_dtype: Dtype of the Newton–Schulz iterations, see `ns5`.
-        scale: Of `"ns5"`, see `ns5`. `"rms"` lets one learning rate serve both groups;
-            `"aspect"` is Muon's own.
-        audit_every: How often `"ns5"` is checked against fp32, see `ns5`.
-        normuon_beta2: Decay rate of `"normuon"`.
-        b1: Schedule-Free's interpolation, see `schedule_free`.
-        r: The power of the step number in Schedule-Free's weights.
-        weight_lr_power: The power of the learning rate in Schedule-Free's weights.
-        adam_b1: Adam's first decay rate.
-        adam_b2: Adam's second decay rate.
-        adam_eps: Adam's epsilon.
         polyak_rule: How the shared factor is computed, see `polyak`; `None` leaves it
             out, and updates need no `value` then.
+        settings: For a component, or for `"adam"` or `"polyak"`, keyword arguments of
+            its transformation: `{"sf": {"b1": 0.9}, "ns5": {"steps": 4}}`. Where
+            nothing is said, `"sf"` has `b1=0.6, r=2.0`, `"ns5"` has
+            `coefficients="polar_express", scale="rms", eps=1e-12`, `"adam"` has
+            `b2=0.99`, and the others what their transformations have.
+        groups: Transformations for labels of your own that rules of `routing` give to
+            leaves: `{"frozen": optax.set_to_zero()}`. Each returns a direction, as
+            `optax.scale_by_adam` does: the learning rate is applied to it, a decay is
+            not.
         gains: Keep the size of each stage's input and output in the state, for
             `diagnostics`: `"momentum"`, `"preconditioner"` (the raw gradient through
             momentum and Shampoo), `"ns5"`, `"normuon"` and, for the rest, `"adam"`.
@@ -126,13 +112,15 @@ def fusion_opt(
         update takes the loss as `value=` unless `polyak_rule` is `None`.
 
     Raises:
-        ValueError: If a component doesn't exist or a setting is out of range; from its
-            `init`, if a leaf that is routed to the matrices is none.
+        ValueError: If a component doesn't exist or has no meaning beside another, or a
+            setting is out of range, doesn't exist or belongs to nothing chosen; from
+            its `init`, if a leaf that is routed to the matrices is none, or has a label
+            without a group, or a group has no leaf.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, fusionopt_jax as fo
         >>> params = {"kernel": jnp.ones((128, 128)), "bias": jnp.zeros(128)}
-        >>> tx = fo.fusion_opt(8e-3)
+        >>> tx = fo.fusion_opt(8e-3, settings={"ns5": {"steps": 4}})
         >>> state = tx.init(params)
         >>> loss_fn = lambda params: jnp.mean((params["kernel"] - 0.5) ** 2)
         >>> loss, grads = jax.value_and_grad(loss_fn)(params)
@@ -143,10 +131,12 @@ def fusion_opt(
     Source:
         *SF-NorMuon*, arXiv 2605.23061 (composition, decay on the fast iterate, root
         mean square of 0.2); FusionOpt (the components, the shared step size). The
-        defaults of `momentum`, `b1` and `r` are the ones that did best in a prototype
+        defaults of `momentum` and of `"sf"` are the ones that did best in a prototype
         of this library's training example.
     """
     chosen = checked_components(components)
+    check_combination(chosen)
+    told = checked_settings(settings, chosen, with_polyak=polyak_rule is not None)
     routing = Routing() if routing is None else routing
     if not isinstance(routing, Routing):
         raise TypeError(f"`routing` must be a Routing, got {routing!r}.")
@@ -157,13 +147,24 @@ def fusion_opt(
     check_non_negative("scalar_weight_decay", scalar_weight_decay)
     check_count("warmup_steps", warmup_steps)
     check_decay_rate("momentum", momentum)
+    _check_effects(chosen, routing, weight_decay, scalar_weight_decay, polyak_rule)
+    own = dict(groups or {})
+    known = _check_groups(own)
+
+    def build(name: str, **filled: Any) -> optax.GradientTransformationExtraArgs:
+        return COMPONENTS[name].build(routing, told[name], **filled)
 
     def stage(name: str, tx: optax.GradientTransformation) -> Any:
         return measure_gain(name, tx) if gains else tx
 
-    smoothing: list[optax.GradientTransformation] = []
-    if "mona" in chosen:
-        smoothing.append(mona(alpha=mona_alpha, b1=mona_beta))
+    def decayed(
+        tx: optax.GradientTransformation, decay: Number
+    ) -> optax.GradientTransformation:
+        names = in_place("decay", chosen)
+        decays = [build(name, weight_decay=decay) for name in names]
+        return optax.chain(tx, *(decays or [optax.add_decayed_weights(decay)]))
+
+    smoothing = [build(name) for name in in_place("gradient", chosen)]
     smoothing.append(
         optax.trace(momentum, nesterov=nesterov, accumulator_dtype=jnp.float32)
     )
@@ -171,77 +172,131 @@ def fusion_opt(
         # The orthogonalised update doesn't depend on the momentum's scale; without it
         # the momentum has to be the average of the gradients, not their sum.
         smoothing.append(optax.scale(1 - momentum))
-    direction = stage("momentum", optax.chain(*smoothing))
-    if "shampoo" in chosen:
-        whitened = kl_shampoo(
-            direction,
-            routing=routing,
-            b2=shampoo_b2,
-            update_every=shampoo_update_every,
-        )
-        direction = stage("preconditioner", whitened)
-    spectral: list[optax.GradientTransformation] = [direction]
-    if "ns5" in chosen:
-        orthogonaliser = ns5(
-            routing=routing,
-            coefficients=coefficients,
-            steps=steps,
-            preconditioner=preconditioner,
-            hot_dtype=hot_dtype,
-            scale=scale,
-            eps=_TINY,
-            audit_every=audit_every,
-        )
-        spectral.append(stage("ns5", orthogonaliser))
-    if "normuon" in chosen:
-        normaliser = normuon(b2=normuon_beta2, routing=routing)
-        spectral.append(stage("normuon", normaliser))
-    spectral.append(optax.add_decayed_weights(weight_decay))
+    whitened = stage("momentum", optax.chain(*smoothing))
+    for name in in_place("momentum", chosen):
+        whitened = stage("preconditioner", build(name, inner=whitened))
+    after = [stage(name, build(name)) for name in in_place("direction", chosen)]
+    spectral = optax.chain(whitened, *after)
+    for name in in_place("around", chosen):
+        spectral = build(name, inner=spectral)
 
-    adam = optax.scale_by_adam(
-        b1=adam_b1, b2=adam_b2, eps=adam_eps, mu_dtype=jnp.float32
-    )
-    scalar: list[optax.GradientTransformation] = [
-        stage("adam", in_float32(adam)),
-        optax.add_decayed_weights(scalar_weight_decay),
-    ]
+    scalar = in_float32(adam(told["adam"], mu_dtype=jnp.float32))
+    scalar = decayed(stage("adam", scalar), scalar_weight_decay)
     if scalar_learning_rate is not None:
-        scalar.append(_rescale(scalar_learning_rate, learning_rate))
+        scalar = optax.chain(scalar, _rescale(scalar_learning_rate, learning_rate))
 
-    groups = optax.multi_transform(
-        {
-            SPECTRAL: checking_leaves("fusion_opt", optax.chain(*spectral)),
-            SCALAR: checking_leaves("fusion_opt", optax.chain(*scalar)),
-        },
-        routing.labels,
-    )
     rate = _warmed_up(learning_rate, warmup_steps)
-    if "sf" in chosen:
-        optimiser = schedule_free(
-            groups, rate, b1=b1, r=r, weight_lr_power=weight_lr_power
-        )
+    step = optax.scale_by_learning_rate(rate)
+    averages = in_place("groups", chosen)
+    if in_place("step", chosen):
+        (name,) = in_place("step", chosen)
+        members = {SPECTRAL: build(name, inner=spectral, learning_rate=rate)}
+        rest = {SCALAR: scalar, **own}
+        members |= {label: optax.chain(tx, step) for label, tx in rest.items()}
+        return keeping_dtype(_grouped(members, routing))
+    members = {SPECTRAL: decayed(spectral, weight_decay), SCALAR: scalar, **own}
+    optimiser = _grouped(members, routing)
+    if averages:
+        if known:
+            # Made of directions alone, and tried one by one.
+            optimiser = Direction(*optimiser)
+        for name in averages:
+            optimiser = build(name, inner=optimiser, learning_rate=rate)
     else:
-        optimiser = keeping_dtype(
-            optax.chain(groups, optax.scale_by_learning_rate(rate))
+        optimiser = keeping_dtype(optax.chain(optimiser, step))
+    if polyak_rule is None:
+        return optimiser
+    return polyak(optimiser, rule=polyak_rule, **told["polyak"])
+
+
+def _check_effects(
+    chosen: frozenset[str],
+    routing: Routing,
+    weight_decay: Number,
+    scalar_weight_decay: Number,
+    polyak_rule: PolyakRule | None,
+) -> None:
+    """Require that what is asked for has an effect beside the rest."""
+    if "cautious_decay" in chosen and not any(
+        not is_concrete_number(decay) or decay > 0
+        for decay in (weight_decay, scalar_weight_decay)
+    ):
+        raise ValueError(
+            "`components` has 'cautious_decay', but `weight_decay` and "
+            "`scalar_weight_decay` are 0: give one of them, or leave it out."
         )
-    return optimiser if polyak_rule is None else polyak(optimiser, rule=polyak_rule)
-
-
-# Small enough that the orthogonalised update doesn't depend on the gradient's scale.
-_TINY = 1e-12
-
-
-def checked_components(components: Iterable[str]) -> frozenset[str]:
-    """The chosen components, each of which exists."""
-    if isinstance(components, str):
-        raise TypeError(
-            f"`components` must be a set of names such as {{'ns5', 'sf'}}, got the "
-            f"string {components!r}."
+    if "hyperball" not in chosen:
+        return
+    without = "'hyperball' keeps every matrix on its sphere and takes the step itself"
+    if is_concrete_number(weight_decay) and weight_decay > 0:
+        raise ValueError(f"{without}, so that a decay does nothing: `weight_decay=0`.")
+    if polyak_rule is not None:
+        raise ValueError(
+            f"{without}, which no factor can multiply afterwards: `polyak_rule=None`."
         )
-    chosen = frozenset(components)
-    for name in sorted(chosen, key=str):
-        check_choice("components", name, COMPONENTS)
-    return chosen
+    if _has_scales(routing):
+        raise ValueError(
+            f"{without}, so that the `scale` of a rule can't change its length: leave "
+            "it out, or leave 'hyperball' out."
+        )
+
+
+def _check_groups(groups: Mapping[str, TransformLike]) -> bool:
+    """Require directions under labels of one's own; whether all could be tried."""
+    for label in groups:
+        if label in (SPECTRAL, SCALAR):
+            raise ValueError(
+                f"`groups` has {label!r}, which `components` and `settings` make up: "
+                "name a group of your own, and give its label to leaves by a `Rule`."
+            )
+    return all(
+        [check_direction(f"groups[{label!r}]", tx) for label, tx in groups.items()]
+    )
+
+
+def _grouped(
+    members: Mapping[str, TransformLike], routing: Routing
+) -> optax.GradientTransformationExtraArgs:
+    """Every group's transformation on its leaves, then the factors of the rules."""
+
+    def labels(params: Params) -> Any:
+        """The label of each leaf, each of which has a group, and each group a leaf."""
+        routes = routing.routes(params)
+        for route in routes:
+            if route.label not in members:
+                hint = did_you_mean(route.label, members)
+                raise ValueError(
+                    f"Leaf {route.path!r} has the label {route.label!r}, for which "
+                    f"there is no group: give one in `groups={{{route.label!r}: ...}}`."
+                    f"{hint}"
+                )
+        found = {route.label for route in routes}
+        idle = [name for name in members if name not in {SPECTRAL, SCALAR, *found}]
+        if routes and idle:
+            raise ValueError(
+                f"`groups` has {idle[0]!r}, which no leaf has as its label: give it to "
+                f"leaves by `Rule(pattern, {idle[0]!r})`, or leave the group out."
+            )
+        treedef = jax.tree.structure(params)
+        return treedef.unflatten([route.label for route in routes])
+
+    tx = optax.multi_transform(dict(members), labels)
+    return optax.chain(tx, _scaled(routing)) if _has_scales(routing) else tx
+
+
+def _has_scales(routing: Routing) -> bool:
+    return any(rule.scale != 1 for rule in routing.rules)
+
+
+def _scaled(routing: Routing) -> optax.GradientTransformationExtraArgs:
+    """Multiplies each leaf by the factor that its rule has."""
+
+    def update_fn(updates: Any, state: Any, params: Any = None, **_: Any) -> Any:
+        del params
+        scaled = lambda u, scale: (u * scale).astype(u.dtype)  # noqa: E731
+        return jax.tree.map(scaled, updates, routing.scales(updates)), state
+
+    return transformation(lambda _: optax.EmptyState(), update_fn)
 
 
 def _warmed_up(

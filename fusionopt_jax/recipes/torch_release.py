@@ -29,7 +29,7 @@ from fusionopt_jax._types import (
     Scalar,
     ScalarOrSchedule,
 )
-from fusionopt_jax.recipes.fusion import COMPONENTS, checked_components
+from fusionopt_jax.recipes.components import checked_components
 from fusionopt_jax.routing import SCALAR, SPECTRAL, Routing, matrix_views
 from fusionopt_jax.transforms.kl_shampoo import kl_shampoo
 from fusionopt_jax.transforms.mona import mona
@@ -38,6 +38,9 @@ from fusionopt_jax.transforms.polyak import polyak
 from fusionopt_jax.transforms.schedule_free import schedule_free
 
 TorchHotDtype: TypeAlias = Literal["fp32", "bf16", "fp16", "fp16_safe"]
+
+# Those that the release had; what `fusion_opt` has learnt since means nothing here.
+_COMPONENTS = ("ns5", "normuon", "mona", "shampoo", "sf")
 
 _HOT_DTYPES: tuple[TorchHotDtype, ...] = ("fp32", "bf16", "fp16", "fp16_safe")
 
@@ -166,7 +169,9 @@ def fusion_opt_torch(
     Source:
         Taikakim/fusion-optimiser, commit 6bcbc712 (CC0), `optimizer.py`, `groups.py`.
     """
-    chosen = checked_components(COMPONENTS if components is None else components)
+    chosen = checked_components(
+        _COMPONENTS if components is None else components, _COMPONENTS
+    )
     for name, value in (
         ("beta_p", beta_p),
         ("mu", mu),

@@ -20,6 +20,7 @@ from fusionopt_jax._types import Array, Params
 from fusionopt_jax.iterates import (
     ScheduleFreeState,
     average_of,
+    check_current,
     schedule_free_states,
 )
 from fusionopt_jax.transforms.gain import GainState
@@ -248,6 +249,7 @@ def _with_average(old_state: Any, new_state: Any, params: Params) -> Any:
         if not isinstance(node, ScheduleFreeState) or node.x is not None:
             return node
         own = jax.tree_util.tree_map_with_path(lambda path, _: leaves[path], node.z)
+        check_current(node, own, "warm_start")
         return node._replace(x=average_of(node, own))
 
     if not wanted:

@@ -49,21 +49,25 @@ def path_of(tx, params=None, steps=None, values=None):
     return updates, params, state
 
 
-def recipe(learning_rate=0.1, **settings):
-    return fo.fusion_opt(
-        learning_rate, **{"routing": ROUTING, "hot_dtype": "fp32"} | settings
-    )
+def recipe(learning_rate=0.1, settings=None, **arguments):
+    """The recipe on `ROUTING`, its iterations in float32."""
+    arguments = {"routing": ROUTING, "components": ("ns5", "normuon", "sf")} | arguments
+    settings = dict(settings or {})
+    if "ns5" in arguments["components"]:
+        settings["ns5"] = {"hot_dtype": "fp32"} | settings.get("ns5", {})
+    return fo.fusion_opt(learning_rate, settings=settings, **arguments)
 
 
 def test_with_everything_off_it_is_muon_of_optax():
     tx = recipe(
         components={"ns5"},
         polyak_rule=None,
-        coefficients="quintic",
-        scale="aspect",
         momentum=0.95,
-        adam_b2=0.999,
         weight_decay=0.01,
+        settings={
+            "ns5": {"coefficients": "quintic", "scale": "aspect"},
+            "adam": {"b2": 0.999},
+        },
     )
     # Optax's eps is 1e-8 of a norm near 1; neither matters here. It looks ahead with
     # another bias correction than Muon's, so both are compared without looking ahead.
@@ -79,10 +83,7 @@ def test_with_the_matrices_off_it_is_schedule_free_of_optax():
         components={"sf"},
         routing=everything_scalar,
         polyak_rule=None,
-        b1=0.9,
-        r=0.0,
-        adam_b1=0.0,
-        adam_b2=0.95,
+        settings={"sf": {"b1": 0.9, "r": 0.0}, "adam": {"b1": 0.0, "b2": 0.95}},
     )
     free = optax.contrib.schedule_free(
         optax.adam(0.1, b1=0.0, b2=0.95), learning_rate=0.1, b1=0.9
@@ -142,11 +143,12 @@ def test_the_recipe_is_its_pieces(sf, polyak):
 
 def test_settings_of_the_orthogonaliser_reach_it():
     settings = {"preconditioner": "aol", "steps": 4}
-    updates, _, _ = path_of(recipe(**settings))
+    updates, _, _ = path_of(recipe(settings={"ns5": settings}))
     _compare.assert_trees_identical(updates, path_of(by_hand(**settings))[0])
     assert not np.array_equal(updates["wide"], path_of(recipe())[0]["wide"])
 
 
+# The five that FusionOpt began with, in all their sets.
 NAMES = ("ns5", "normuon", "mona", "shampoo", "sf")
 STATES = {
     "ns5": "NS5State",
@@ -275,7 +277,7 @@ def test_each_group_has_its_own_decay():
 def test_decay_sits_on_the_fast_iterate():
     params, steps, _ = problem()
     still = jax.tree.map(jnp.zeros_like, steps)
-    tx = no_noise(components={"ns5", "sf"}, weight_decay=0.5, b1=0.6)
+    tx = no_noise(components={"ns5", "sf"}, weight_decay=0.5)
     _, after, state = path_of(tx, steps=still)
     # z shrinks by 1 - lr * decay every step whatever y and x are.
     _compare.assert_within(
@@ -323,3 +325,175 @@ def test_half_precision_parameters_keep_their_averages_in_float32():
 def test_a_routing_is_asked_for_by_type():
     with pytest.raises(TypeError, match=r"`routing` must be a Routing"):
         _cases.unchecked(fo.fusion_opt, 0.1, routing=ROUTING.labels)
+
+
+def stabilised(**arguments):
+    return recipe(**{"polyak_rule": None, "weight_decay": 0.5} | arguments)
+
+
+def orthogonalised():
+    """The matrices' direction up to the decay, out of its pieces."""
+    return optax.chain(
+        optax.trace(0.8, accumulator_dtype=jnp.float32),
+        fo.ns5(
+            routing=ROUTING,
+            coefficients="polar_express",
+            hot_dtype="fp32",
+            scale="rms",
+            eps=1e-12,
+        ),
+    )
+
+
+def of_groups(spectral, scalar=None):
+    scalar = optax.scale_by_adam(b1=0.9, b2=0.99) if scalar is None else scalar
+    return optax.multi_transform(
+        {"spectral": spectral, "scalar": scalar}, ROUTING.labels
+    )
+
+
+def test_the_stabilisers_stand_where_they_are_said_to_stand():
+    tx = stabilised(
+        components={"ns5", "cautious", "snr_gate", "cautious_decay"},
+        settings={"snr_gate": {"floor": 0.25}},
+        scalar_weight_decay=0.25,
+    )
+    gated = fo.snr_gate(orthogonalised(), floor=0.25, routing=ROUTING)
+    spectral = optax.chain(fo.cautious(gated), fo.add_cautious_decayed_weights(0.5))
+    scalar = optax.chain(
+        optax.scale_by_adam(b1=0.9, b2=0.99), fo.add_cautious_decayed_weights(0.25)
+    )
+    expected = optax.chain(
+        of_groups(spectral, scalar), optax.scale_by_learning_rate(0.1)
+    )
+    _compare.assert_trees_within(path_of(tx)[0], path_of(expected)[0], ROUNDING)
+
+
+def test_hyperball_takes_the_step_of_the_matrices():
+    tx = stabilised(
+        components={"ns5", "hyperball"}, weight_decay=0.0, scalar_weight_decay=0.25
+    )
+    scalar = optax.chain(
+        optax.scale_by_adam(b1=0.9, b2=0.99),
+        optax.add_decayed_weights(0.25),
+        optax.scale_by_learning_rate(0.1),
+    )
+    expected = of_groups(fo.hyperball(orthogonalised(), 0.1, routing=ROUTING), scalar)
+    _compare.assert_trees_within(path_of(tx)[0], path_of(expected)[0], ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        ({"components": {"hyperball", "sf"}}, "don't go together"),
+        ({"components": {"hyperball", "cautious_decay"}}, "don't go together"),
+        ({"components": {"hyperball"}}, "`weight_decay=0`"),
+        (
+            {"components": {"hyperball"}, "weight_decay": 0, "polyak_rule": "ratio"},
+            "`polyak_rule=None`",
+        ),
+        (
+            {
+                "components": {"hyperball"},
+                "weight_decay": 0,
+                "routing": fo.Routing([fo.Rule("wide", scale=0.5)], min_dim=4),
+            },
+            "`scale`",
+        ),
+        (
+            {"components": {"cautious_decay"}, "weight_decay": 0},
+            "give one of them",
+        ),
+    ],
+)
+def test_what_has_no_meaning_together_is_an_error(arguments, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        stabilised(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mona": {"alpha": 0.1}}, "'mona', which is not among the components"),
+        ({"nsS": {"steps": 4}}, "Did you mean 'ns5'"),
+        ({"ns5": {"stpes": 4}}, "(?s)'coefficients'.*Did you mean 'steps'"),
+        ({"ns5": {"routing": ROUTING}}, "fills in"),
+        ({"sf": {"learning_rate": 1.0}}, "fills in"),
+        ({"sf": {"b1": 2.0}}, "`b1`"),
+        ({"polyak": {"f_min": 1.0}}, "no effect"),
+        ({"adam": {"beta": 1.0}}, "'b1', 'b2'"),
+    ],
+)
+def test_settings_without_effect_are_errors(settings, message):
+    with pytest.raises(ValueError, match=message):
+        fo.fusion_opt(0.1, settings=settings)
+
+
+def test_settings_of_a_factor_that_is_left_out_are_an_error():
+    with pytest.raises(ValueError, match="'polyak', which `polyak_rule`=None"):
+        fo.fusion_opt(0.1, polyak_rule=None, settings={"polyak": {"b1": 0.5}})
+    with pytest.raises(TypeError, match="must map keywords"):
+        _cases.unchecked(fo.fusion_opt, 0.1, settings={"sf": 0.9})
+
+
+FROZEN = fo.Routing([fo.Rule("^tall$", "frozen")], min_dim=4)
+
+
+@pytest.mark.parametrize("components", [{"ns5"}, {"ns5", "sf"}])
+def test_a_group_of_ones_own(components):
+    tx = recipe(
+        components=components, routing=FROZEN, groups={"frozen": optax.set_to_zero()}
+    )
+    updates, params, state = path_of(tx)
+    np.testing.assert_array_equal(updates["tall"], 0)
+    assert np.all(updates["wide"] != 0)
+    if "sf" in components:
+        deployed = fo.eval_params(state, params)["tall"]
+        np.testing.assert_array_equal(deployed, problem()[0]["tall"])
+
+
+def test_the_rate_of_a_group_of_ones_own_is_the_common_one():
+    tx = recipe(
+        components={"ns5"},
+        polyak_rule=None,
+        routing=FROZEN,
+        groups={"frozen": optax.identity()},
+    )
+    updates, _, _ = path_of(tx)
+    _compare.assert_within(updates["tall"], -0.1 * problem()[1]["tall"], ROUNDING)
+
+
+def test_labels_and_groups_that_miss_each_other_are_named():
+    params, _, _ = problem()
+    with pytest.raises(ValueError, match=r"'tall' has the label 'frozen'.*`groups="):
+        recipe(routing=FROZEN).init(params)
+    with pytest.raises(ValueError, match="'frozen', which no leaf has"):
+        recipe(groups={"frozen": optax.set_to_zero()}).init(params)
+    with pytest.raises(ValueError, match="'spectral', which `components`"):
+        recipe(groups={"spectral": optax.set_to_zero()})
+    with pytest.raises(ValueError, match="goes against the gradient"):
+        recipe(routing=FROZEN, groups={"frozen": optax.adam(0.1)})
+
+
+@pytest.mark.parametrize("components", [{"ns5"}, {"ns5", "sf"}])
+def test_the_scale_of_a_rule_multiplies_the_rate(components):
+    scaled = fo.Routing([fo.Rule("^(wide|bias)$", scale=0.25)], min_dim=4)
+    updates = path_of(no_noise(components=components, routing=scaled))[0]
+    plain = path_of(no_noise(components=components))[0]
+    for name, factor in (("wide", 0.25), ("bias", 0.25), ("tall", 1.0)):
+        _compare.assert_within(updates[name], factor * plain[name], ROUNDING)
+
+
+def test_what_is_scheduled_or_injected_stays_in_reach():
+    tx = optax.inject_hyperparams(fo.fusion_opt)(
+        learning_rate=0.1, scalar_learning_rate=0.05, settings={"sf": {"b1": 0.9}}
+    )
+    reached = tx.init(problem()[0]).hyperparams
+    assert set(reached) == {
+        "learning_rate",
+        "scalar_learning_rate",
+        "weight_decay",
+        "scalar_weight_decay",
+        "warmup_steps",
+        "momentum",
+    }

@@ -108,3 +108,9 @@ def test_all_components_are_the_default():
 def test_bad_settings_are_named(settings, message):
     with pytest.raises((ValueError, TypeError), match=message):
         fusion_opt_torch(**settings)
+
+
+def test_components_are_those_of_the_release():
+    # What `fusion_opt` has learnt since would have no effect.
+    with pytest.raises(ValueError, match=r"`components`.*'cautious'"):
+        fusion_opt_torch(components={"ns5", "cautious"})

@@ -100,7 +100,7 @@ def test_a_part_that_does_nothing_leaves_the_run_as_it_was(trained, rng):
     params, state = trained
     gradient = draw(rng)
     going_on, _ = fusion(SF_NORMUON).update(gradient, state, params, value=1.5)
-    tx = fusion((*SF_NORMUON, "mona"), mona_alpha=0.0)
+    tx = fusion((*SF_NORMUON, "mona"), settings={"mona": {"alpha": 0.0}})
     warm, _ = tx.update(gradient, fo.warm_start(tx, params, state), params, value=1.5)
     # Without strength the acceleration is the identity, to the last digit.
     _compare.assert_trees_identical(warm, going_on)

@@ -1,10 +1,12 @@
 """What every test shares: strict JAX settings, eight CPU devices, fixed seeds."""
 
-from collections.abc import Iterator
-
 import jax
 import numpy as np
 import pytest
+
+from tests import _compile
+
+_compile.compile_fast()
 
 # Before any backend starts. Eight devices cost nothing where one is used, and let the
 # sharding tests run in the same process as the others.
@@ -28,11 +30,5 @@ def key() -> jax.Array:
 
 
 @pytest.fixture(scope="module")
-def quick_compilation() -> Iterator[None]:
-    """Compile fast rather than for speed: right where every program runs a few times.
-
-    Ask for it with `pytestmark = pytest.mark.usefixtures("quick_compilation")`.
-    """
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def quick_compilation() -> None:
+    """Every module compiles fast; what still asks for it may cease to."""

@@ -146,7 +146,8 @@ def _gram_steps(
     R = dot.gram(X) if R is None else R
     a, b, c = first = jnp.asarray(table[0], jnp.float32)
     Z = b * R + c * dot(R, R)
-    Q = Z + a * jnp.broadcast_to(jnp.eye(Z.shape[-1]), Z.shape)
+    identity = jnp.eye(Z.shape[-1], dtype=Z.dtype)
+    Q = Z + a * jnp.broadcast_to(identity, Z.shape)
 
     def step(carry: tuple[Array, ...], row: Array) -> tuple[tuple[Array, ...], None]:
         R, Z, Q, (a, _, _) = carry

@@ -290,3 +290,17 @@ def test_the_backend_chooses_the_dtype(platform, dtype, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     assert newton_schulz.resolve_hot_dtype("auto") == dtype
     assert newton_schulz.resolve_hot_dtype("bf16") == "bf16"
+
+
+@pytest.mark.parametrize("method", ["plain", "gram"])
+def test_sums_are_fp32_where_floats_are_wide(method):
+    matrix = np.random.default_rng(0).normal(size=(1, 4, 6))
+    expected = orthogonalize(matrix, method=method)
+    table = newton_schulz.coefficient_table("quintic", 5)
+    with jax.enable_x64(True):
+        result = newton_schulz.newton_schulz(
+            jnp.asarray(matrix, jnp.float32), table, method=method
+        )
+    assert result.dtype == jnp.float32
+    # The same float32 products, compiled apart; entries are below 1.
+    _compare.assert_within(result, expected, 1e-6)

@@ -105,11 +105,6 @@ class DiTConfig:
         return self.grid_size**2
 
     @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.hidden_size // self.num_heads
-
-    @property
     def mlp_size(self) -> int:
         """Width of a block's MLP."""
         return int(self.hidden_size * self.mlp_ratio)

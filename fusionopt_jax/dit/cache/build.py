@@ -161,7 +161,7 @@ def _table(
     return jnp.moveaxis(block, 2, 1), final
 
 
-def strip_modulators(params: Params) -> Params:
+def strip_modulators(params: Params) -> dict[str, Any]:
     """Take out the weights that a cache replaces: a third of a DiT.
 
     The digests of what is taken out stay in its place, so that a stripped model still

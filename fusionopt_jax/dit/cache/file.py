@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +36,7 @@ def write_arrays(
         See :func:`read_arrays`.
     """
     kinds = {name: [value.dtype.name, value.shape] for name, value in arrays.items()}
-    members = {
+    members: dict[str, Any] = {
         "format": np.array(format_name),
         "about": np.array(about),
         "kinds": np.array(json.dumps(kinds)),
@@ -43,8 +44,9 @@ def write_arrays(
     # As bytes: the npz format has no name for bfloat16.
     for name, value in arrays.items():
         members[f"array {name}"] = np.ravel(value).view(np.uint8)
+    members["digest"] = np.array(_digest(members))
     with replacing(path) as stream:
-        np.savez(stream, digest=np.array(_digest(members)), **members)
+        np.savez(stream, **members)
 
 
 def read_arrays(
@@ -100,5 +102,5 @@ def _digest(members: Mapping[str, np.ndarray]) -> str:
     for name in sorted(members):
         array = np.ascontiguousarray(members[name])
         total.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
-        total.update(array.reshape(-1).view(np.uint8))
+        total.update(array.reshape(-1).view(np.uint8).data)
     return total.hexdigest()

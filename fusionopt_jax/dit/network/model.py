@@ -91,7 +91,7 @@ class DiT(nnx.Module):
         return apply(params, self.config, images, times, labels, **options)
 
 
-def init_params(config: DiTConfig, seed: int = 0) -> Params:
+def init_params(config: DiTConfig, seed: int = 0) -> dict[str, Any]:
     """Fresh parameters as a nested dict of arrays.
 
     Args:
@@ -113,10 +113,11 @@ def init_params(config: DiTConfig, seed: int = 0) -> Params:
     Source: the start of :class:`DiT`.
     """
     check_integer("seed", seed, low=0)
-    return as_dict(nnx.state(DiT(config, rngs=nnx.Rngs(seed)), nnx.Param))
+    state = nnx.state(DiT(config, rngs=nnx.Rngs(seed)), nnx.Param)
+    return dict(nnx.to_pure_dict(state))
 
 
-def as_dict(params: Params) -> Params:
+def as_dict(params: Params) -> Mapping[str, Any]:
     """Parameters as a nested dict: an `nnx.State` is converted, a dict passes."""
     if isinstance(params, nnx.State):
         return nnx.to_pure_dict(params)

@@ -125,7 +125,7 @@ def modulators(params: Params) -> Params:
     return {part: {MODULATOR: params[part][MODULATOR]} for part in MODULATED}
 
 
-def replace_modulators(params: Params, replacement: Params | None) -> Params:
+def replace_modulators(params: Params, replacement: Params | None) -> dict[str, Any]:
     """A new tree with something else in the place of each modulator, or nothing.
 
     Args:

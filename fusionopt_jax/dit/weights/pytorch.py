@@ -54,7 +54,7 @@ def from_pytorch(
     entry: str | None = None,
     has_null_label: bool = True,
     time_scale: float = 1.0,
-) -> tuple[Params, DiTConfig]:
+) -> tuple[dict[str, Any], DiTConfig]:
     """Read the weights of a published PyTorch DiT, or of one that was trained like it.
 
     Every size is read from the weights. Files are never executed: a `.pt` file is read
@@ -104,7 +104,7 @@ def from_pytorch(
     # Convolution weights lie as (out, channel, row, column), patches as (row, column,
     # channel).
     patch = arrays[f"{_PATCH}.weight"].transpose(2, 3, 1, 0)
-    params: Params = {
+    params: dict[str, Any] = {
         "x_embedder": {
             "proj": {
                 "kernel": patch.reshape(-1, config.hidden_size),

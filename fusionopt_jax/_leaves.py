@@ -50,24 +50,32 @@ def check_leaves(component: str, tree: Any, *, complex_too: bool = False) -> Non
     """
     check_arrays(component, tree)
     for name, leaf in named_leaves(tree):
-        found = f"`{component}` can't handle leaf {name!r} of {shape_text(leaf)}: "
-        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        if problem := _problem(leaf, complex_too):
             raise ValueError(
-                f"{found}only floating-point arrays can be trained. Leave it out of "
-                f"the tree. {_ARRAYS_ALONE}"
+                f"`{component}` can't handle leaf {name!r} of {shape_text(leaf)}: "
+                f"{problem}"
             )
-        if is_complex(leaf) and not complex_too:
-            raise ValueError(
-                f"{found}it works on real arrays. Send the leaf to another group with "
-                "optax.multi_transform, or keep its real and imaginary parts as two "
-                "leaves (optax.contrib.split_real_and_imaginary does it for one "
-                "transformation)."
-            )
-        if jnp.finfo(leaf.dtype).bits < 16:
-            raise ValueError(
-                f"{found}an update is lost in so few bits. Keep the parameter in bf16 "
-                "or fp32, and cast it where it is used."
-            )
+
+
+def _problem(leaf: Any, complex_too: bool) -> str | None:
+    """Why an array can't be trained and what to do, or `None` if it can."""
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return (
+            "only floating-point arrays can be trained. Leave it out of the tree. "
+            f"{_ARRAYS_ALONE}"
+        )
+    if is_complex(leaf) and not complex_too:
+        return (
+            "it works on real arrays. Send the leaf to another group with "
+            "optax.multi_transform, or keep its real and imaginary parts as two leaves "
+            "(optax.contrib.split_real_and_imaginary does it for one transformation)."
+        )
+    if jnp.finfo(leaf.dtype).bits < 16:
+        return (
+            "an update is lost in so few bits. Keep the parameter in bf16 or fp32, and "
+            "cast it where it is used."
+        )
+    return None
 
 
 def is_complex(leaf: Any) -> bool:

@@ -18,6 +18,7 @@ from fusionopt_jax._checks import (
 from fusionopt_jax._direction import Direction, check_direction
 from fusionopt_jax._optax import (
     TransformLike,
+    checking_leaves,
     in_float32,
     keeping_dtype,
     transformation,
@@ -280,7 +281,12 @@ def _grouped(
         treedef = jax.tree.structure(params)
         return treedef.unflatten([route.label for route in routes])
 
-    tx = optax.multi_transform(dict(members), labels)
+    checked = {
+        # What a group of one's own takes is its own matter.
+        label: checking_leaves("fusion_opt", tx) if label in (SPECTRAL, SCALAR) else tx
+        for label, tx in members.items()
+    }
+    tx = optax.multi_transform(checked, labels)
     return optax.chain(tx, _scaled(routing)) if _has_scales(routing) else tx
 
 

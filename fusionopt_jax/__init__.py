@@ -10,6 +10,7 @@ from fusionopt_jax.recipes import (
     warm_start_report,
 )
 from fusionopt_jax.routing import MatrixAxes, Routing, Rule, attention_rules
+from fusionopt_jax.transforms.autoscale import autoscale
 from fusionopt_jax.transforms.cautious import cautious
 from fusionopt_jax.transforms.cautious_weight_decay import (
     add_cautious_decayed_weights,
@@ -33,6 +34,7 @@ __all__ = [
     "accumulate",
     "add_cautious_decayed_weights",
     "attention_rules",
+    "autoscale",
     "cautious",
     "diagnostics",
     "eval_params",

@@ -5,11 +5,13 @@ state holds the fast iterate :math:`z_t`; the average :math:`x_t`, which is depl
 kept or recovered from :math:`y_t = (1-\beta)\,z_t + \beta\,x_t`.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
@@ -213,6 +215,31 @@ def _like(iterate: Params, params: Params) -> Params:
 def fast_iterate(state: Any, params: Params) -> Params:
     """The fast iterate z in the dtype that the state keeps."""
     return _read(state, params, lambda found, _: found.z, "fast_params")
+
+
+def update_scaled(
+    inner: optax.GradientTransformationExtraArgs,
+    step_size: Scalar,
+    updates: Any,
+    state: Any,
+    params: Params | None,
+    extra_args: Mapping[str, Any],
+) -> tuple[Any, Any]:
+    """An update of `inner` on a learning rate that is multiplied by `step_size`.
+
+    A `schedule_free` inside multiplies it into its own; otherwise the updates are
+    multiplied, which is the same for what is linear in its learning rate.
+    """
+    results, state = inner.update(
+        updates, state, params, step_size=step_size, **extra_args
+    )
+    if not schedule_free_states(state):
+        # Selected, since zero times NaN is NaN.
+        results = jax.tree.map(
+            lambda u: jnp.where(step_size == 0, 0, step_size * u).astype(u.dtype),
+            results,
+        )
+    return results, state
 
 
 def schedule_free_states(state: Any) -> list[ScheduleFreeState]:

@@ -155,6 +155,12 @@ ALL = (
         complex_too=True,
     ),
     _optimizer(
+        "autoscale",
+        lambda routing: fo.autoscale(fo.schedule_free(_momentum(), 1.0), first=1e-2),
+        params=True,
+        complex_too=True,
+    ),
+    _optimizer(
         "fusion_opt",
         lambda routing: fo.fusion_opt(1e-2, routing=routing),
         value=True,

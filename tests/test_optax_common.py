@@ -127,6 +127,7 @@ OPTIMIZERS = {
     "accumulate": lambda: fo.accumulate(descending(adam(), 0.2), every=2),
     "schedule_free": lambda: fo.schedule_free(adam(0.0), 0.05, r=4.0),
     "polyak": lambda: fo.polyak(descending(adam(), 0.1), b1=0.9),
+    "autoscale": lambda: fo.autoscale(descending(adam(), 0.1), first=1e-3),
     "polyak_schedule_free_plus": lambda: fo.polyak(
         fo.schedule_free(adam(0.0), 0.3, r=4.0), rule="schedule_free_plus"
     ),
@@ -236,6 +237,7 @@ INJECTED = {
         (),
     ),
     "polyak": (fo.polyak, {"inner": optax.sgd(0.1)}, ()),
+    "autoscale": (fo.autoscale, {"inner": optax.sgd(0.1), "first": 1e-2}, ()),
     "fusion_opt": (
         fo.fusion_opt,
         {

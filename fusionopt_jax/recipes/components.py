@@ -8,6 +8,7 @@ import optax
 
 from fusionopt_jax._checks import check_choice, did_you_mean
 from fusionopt_jax.routing import Routing
+from fusionopt_jax.transforms.autoscale import autoscale
 from fusionopt_jax.transforms.cautious import cautious
 from fusionopt_jax.transforms.cautious_weight_decay import (
     add_cautious_decayed_weights,
@@ -22,9 +23,10 @@ from fusionopt_jax.transforms.schedule_free import schedule_free
 from fusionopt_jax.transforms.snr_gate import snr_gate
 
 # Where a component stands: chained before the momentum, around it, chained after it,
-# around all of these, in place of the decay, in place of the step, around both groups.
+# around all of these, in place of the decay, in place of the step, around all groups,
+# around the whole optimiser.
 Place: TypeAlias = Literal[
-    "gradient", "momentum", "direction", "around", "decay", "step", "groups"
+    "gradient", "momentum", "direction", "around", "decay", "step", "groups", "factor"
 ]
 
 # Small enough that the orthogonalised update doesn't depend on the gradient's scale.
@@ -96,8 +98,10 @@ COMPONENTS: dict[str, Component] = {
         excludes={
             "sf": f"{_SPHERE}, which an average of its points leaves",
             "cautious_decay": f"{_SPHERE}, so that a decay does nothing",
+            "autoscale": f"{_SPHERE}, which no factor can multiply afterwards",
         },
     ),
+    "autoscale": Component(autoscale, "factor", ("inner",)),
 }
 
 # What is no component but has settings as well.

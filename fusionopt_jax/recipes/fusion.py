@@ -74,7 +74,8 @@ def fusion_opt(
     (orthogonalise) and `"normuon"` (equalise neurons) after it; `"snr_gate"` and then
     `"cautious"` around all of these; `"cautious_decay"` in place of the decay, for the
     rest too; `"hyperball"` in place of decay and step. For both groups: `"sf"`
-    (Schedule-Free).
+    (Schedule-Free); `"autoscale"` around everything, in place of the Polyak factor,
+    with a learning rate near 1.
 
     Args:
         learning_rate: :math:`\eta`, a positive number or a schedule of the step count
@@ -205,6 +206,8 @@ def fusion_opt(
             optimiser = build(name, inner=optimiser, learning_rate=rate)
     else:
         optimiser = keeping_dtype(optax.chain(optimiser, step))
+    for name in in_place("factor", chosen):
+        optimiser = build(name, inner=optimiser)
     if polyak_rule is None:
         return optimiser
     return polyak(optimiser, rule=polyak_rule, **told["polyak"])
@@ -225,6 +228,11 @@ def _check_effects(
         raise ValueError(
             "`components` has 'cautious_decay', but `weight_decay` and "
             "`scalar_weight_decay` are 0: give one of them, or leave it out."
+        )
+    if "autoscale" in chosen and polyak_rule is not None:
+        raise ValueError(
+            "'autoscale' estimates the step size that the Polyak factor would "
+            "multiply: use one of the two, `polyak_rule=None`."
         )
     if "hyperball" not in chosen:
         return

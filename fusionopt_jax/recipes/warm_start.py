@@ -60,7 +60,7 @@ def warm_start(tx: TransformLike, params: Params, old_state: Any) -> Any:
     Components are matched by the class of their state and their group, however deep
     they lie in chains and wrappers. Settings are no part of a state (those that
     `optax.inject_hyperparams` keeps there are `tx`'s): what the averages mean must be
-    the same in both, such as the rule of `polyak` or the statistics of `kl_shampoo`.
+    the same in both, such as the norm of `polyak`.
 
     Args:
         tx: The optimiser to go on with.

@@ -28,7 +28,7 @@ from fusionopt_jax._leaves import check_leaves, widened
 from fusionopt_jax._optax import TransformLike, accepting_extra_args, transformation
 from fusionopt_jax._trees import entries, inner_product, l1_norm, l2_norm
 from fusionopt_jax._types import Array, Count, Number, Params, Scalar
-from fusionopt_jax.iterates import fast_iterate, schedule_free_states
+from fusionopt_jax.iterates import fast_iterate, schedule_free_states, update_scaled
 
 PolyakRule: TypeAlias = Literal["ratio", "schedule_free_plus"]
 GradientNorm: TypeAlias = Literal["l2", "mean_abs"]
@@ -186,16 +186,9 @@ def polyak(
             loss = jnp.asarray(value, jnp.float32)
             extra_args["value"] = value
         state = advance(updates, state, params, loss)
-        step_size = state.step_size
-        inner_updates, inner_state = inner_tx.update(
-            updates, state.inner_state, params, step_size=step_size, **extra_args
+        inner_updates, inner_state = update_scaled(
+            inner_tx, state.step_size, updates, state.inner_state, params, extra_args
         )
-        if not schedule_free_states(inner_state):
-            # Selected, since zero times NaN is NaN.
-            inner_updates = jax.tree.map(
-                lambda u: jnp.where(step_size > 0, step_size * u, 0).astype(u.dtype),
-                inner_updates,
-            )
         return inner_updates, state._replace(inner_state=inner_state)
 
     return transformation(init_fn, update_fn)

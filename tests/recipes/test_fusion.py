@@ -386,9 +386,24 @@ def test_hyperball_takes_the_step_of_the_matrices():
     _compare.assert_trees_within(path_of(tx)[0], path_of(expected)[0], ROUNDING)
 
 
+def test_autoscale_is_around_everything():
+    tx = stabilised(
+        components={"ns5", "autoscale"}, settings={"autoscale": {"first": 1e-2}}
+    )
+    spectral = optax.chain(orthogonalised(), optax.add_decayed_weights(0.5))
+    inner = optax.chain(of_groups(spectral), optax.scale_by_learning_rate(0.1))
+    expected = fo.autoscale(inner, first=1e-2)
+    _compare.assert_trees_within(path_of(tx)[0], path_of(expected)[0], ROUNDING)
+
+
 @pytest.mark.parametrize(
     ("arguments", "remedy"),
     [
+        ({"components": {"hyperball", "autoscale"}}, "don't go together"),
+        (
+            {"components": {"autoscale", "sf"}, "polyak_rule": "ratio"},
+            "`polyak_rule=None`",
+        ),
         ({"components": {"hyperball", "sf"}}, "don't go together"),
         ({"components": {"hyperball", "cautious_decay"}}, "don't go together"),
         ({"components": {"hyperball"}}, "`weight_decay=0`"),

@@ -73,7 +73,9 @@ class MatrixView:
         """The shape of each stack."""
         batch = self._size(self.batch_axes)
         rows, columns = self.fused_shape
-        number, sizes = self._parts
+        number, sizes = 1, self.chunks
+        if isinstance(sizes, int):
+            number, sizes = sizes, (self._chunked_side // sizes,)
         if self.chunk_axis == "input":
             return tuple(StackShape(batch * number, size, columns) for size in sizes)
         return tuple(StackShape(batch * number, rows, size) for size in sizes)
@@ -149,23 +151,21 @@ class MatrixView:
         batch = self._size(self.batch_axes)
         rows, columns = self.fused_shape
         fused = jnp.transpose(leaf, order).reshape(batch, rows, columns)
-        number, sizes = self._parts
-        if len(sizes) > 1:
-            return tuple(jnp.split(fused, _ends(sizes), axis=self._stack_axis))
-        if number > 1 and self.chunk_axis == "output":
-            split = fused.reshape(batch, rows, number, sizes[0])
+        if isinstance(self.chunks, tuple):
+            return tuple(jnp.split(fused, _ends(self.chunks), axis=self._stack_axis))
+        if self.chunks > 1 and self.chunk_axis == "output":
+            split = fused.reshape(batch, rows, self.chunks, columns // self.chunks)
             fused = jnp.swapaxes(split, 1, 2)
         return (fused.reshape(self.stacks[0]),)
 
     def from_stacks(self, stacks: Sequence[Array]) -> Array:
         """The inverse of `to_stacks`."""
         batch = self._size(self.batch_axes)
-        rows, _ = self.fused_shape
-        number, sizes = self._parts
-        if len(sizes) > 1:
+        rows, columns = self.fused_shape
+        if isinstance(self.chunks, tuple):
             fused = jnp.concatenate(stacks, axis=self._stack_axis)
-        elif number > 1 and self.chunk_axis == "output":
-            split = stacks[0].reshape(batch, number, rows, sizes[0])
+        elif self.chunks > 1 and self.chunk_axis == "output":
+            split = stacks[0].reshape(batch, self.chunks, rows, columns // self.chunks)
             fused = jnp.swapaxes(split, 1, 2)
         else:
             fused = stacks[0]
@@ -181,13 +181,6 @@ class MatrixView:
     def from_state(self, state: Any) -> tuple[Any, ...]:
         """The inverse of `to_state`: the part of each stack."""
         return (state,) if len(self.stacks) == 1 else tuple(state)
-
-    @property
-    def _parts(self) -> tuple[int, tuple[int, ...]]:
-        """How many equal chunks there are in each stack, and the size of each kind."""
-        if isinstance(self.chunks, int):
-            return self.chunks, (self._chunked_side // self.chunks,)
-        return 1, self.chunks
 
     @property
     def _stack_axis(self) -> int:

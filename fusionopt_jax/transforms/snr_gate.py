@@ -167,8 +167,8 @@ def snr_gate(
             treedef = jax.tree.structure(updates)
             trees = (updates, state.gradient_average, state.size)
             done = [
-                next_gate(*leaf, correction)
-                for leaf in zip(*map(treedef.flatten_up_to, trees), strict=True)
+                next_gate(g, m, root, correction)
+                for g, m, root in zip(*map(treedef.flatten_up_to, trees), strict=True)
             ]
             average, size, gates = (
                 treedef.unflatten([leaf[i] for leaf in done]) for i in range(3)

@@ -24,6 +24,10 @@ CONFIG = dit.DiTConfig(
     learn_sigma=False,
 )
 
+# What the caches of the tests are asked for.
+TIMES = np.array([999.0, 640.5, 17.25], np.float32)
+LABELS = [7, 3, 7]
+
 
 def random_params(config: dit.DiTConfig, seed: int = 0) -> Any:
     """Parameters without zeros, so that every weight moves the output."""

@@ -4,6 +4,7 @@ import collections
 import functools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -156,6 +157,23 @@ def test_devices_change_nothing(specs, kind, jitted):
     updates, _ = update(grads, tx.init(params), params)
     # Another program for the same numbers.
     _compare.assert_trees_within(updates, expected, 2e-5)
+
+
+@kinds
+@pytest.mark.parametrize("specs", [P(None, "x"), P("x"), P()], ids=str)
+def test_devices_change_nothing_for_unequal_parts(specs, kind):
+    routing = fo.Routing([fo.Rule("qkv", "spectral", chunks=(16, 8, 8))])
+    tx = fo.snr_gate(
+        optax.chain(fo.ns5(routing=routing), fo.normuon(routing=routing)),
+        routing=routing,
+    )
+    grads = drawn({"qkv": (12, 32)})
+    expected, state = jax.jit(tx.update)(grads, tx.init(grads))
+    sharded = placed(grads, mesh_of(kind, devices=2), {"qkv": specs})
+    updates, same = jax.jit(tx.update)(sharded, tx.init(sharded))
+    # Another program for the same numbers.
+    _compare.assert_trees_within(updates, expected, 2e-5)
+    chex.assert_trees_all_equal_shapes_and_dtypes(same, state)
 
 
 def test_an_update_may_be_inside_of_shard_map():

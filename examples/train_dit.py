@@ -64,21 +64,22 @@ def run(settings: options.Settings, folder: Path, *, resume: bool) -> None:
                 f"--out {folder}: it already holds a run; continue it with --resume, "
                 "or give another folder"
             )
-        checkpoints = Checkpoints(
-            folder / "checkpoints", options.full_config(settings, data, model)
-        )
-        state = first_state(settings, model, checkpoints, resume)
-        # Written only now: a refused --resume must leave the folder as it was.
-        write_json(folder / "config.json", checkpoints.config)
-
-        weights = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        print(
-            f"{len(data.train_images)} images of {len(data.class_names)} classes to "
-            f"train on, {len(data.held_out_images)} held out; {weights:,} weights; "
-            f"{settings.optimizer}, learning rate {settings.learning_rate:g}"
-        )
-        metrics = report.MetricsFile(folder / "metrics.csv", int(state.step))
-        state = train(state, settings, model, data, metrics, checkpoints, folder)
+        config = options.full_config(settings, data, model)
+        with contextlib.closing(
+            Checkpoints(folder / "checkpoints", config)
+        ) as checkpoints:
+            state = first_state(settings, model, checkpoints, resume)
+            # Written only now: a refused --resume must leave the folder as it was.
+            write_json(folder / "config.json", config)
+            weights = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+            print(
+                f"{len(data.train_images)} images of {len(data.class_names)} classes "
+                f"to train on, {len(data.held_out_images)} held out; {weights:,} "
+                f"weights; {settings.optimizer}, learning rate "
+                f"{settings.learning_rate:g}"
+            )
+            metrics = report.MetricsFile(folder / "metrics.csv", int(state.step))
+            state = train(state, settings, model, data, metrics, checkpoints, folder)
         measure(state, settings, model, data, folder)
 
 

@@ -30,6 +30,10 @@ class Checkpoints:
             folder, max_to_keep=KEPT, enable_async_checkpointing=False
         )
 
+    def close(self) -> None:
+        """End what Orbax has running in the background."""
+        self.manager.close()
+
     def latest(self) -> int | None:
         """The step of the newest checkpoint, or None."""
         return self.manager.latest_step()

@@ -5,6 +5,7 @@ the older as well. What comes back must be one of the two states, bit for bit; t
 only with a line on standard error that names what was skipped.
 """
 
+import contextlib
 import shutil
 
 import jax
@@ -97,10 +98,10 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "checkpoints"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optimizers, "ROUTING", fo.Routing())
-        kept = checkpoints.Checkpoints(folder, CONFIG)
-        for step in (OLDER, NEWER):
-            state = state_at(step)
-            assert kept.save(state, state.params)
+        with contextlib.closing(checkpoints.Checkpoints(folder, CONFIG)) as kept:
+            for step in (OLDER, NEWER):
+                state = state_at(step)
+                assert kept.save(state, state.params)
     return folder
 
 
@@ -112,7 +113,8 @@ def bits(state):
 def restored(folder):
     """The state to go on from, or None and the refusal."""
     try:
-        return checkpoints.Checkpoints(folder, CONFIG).restore(state_at(0)), ""
+        with contextlib.closing(checkpoints.Checkpoints(folder, CONFIG)) as kept:
+            return kept.restore(state_at(0)), ""
     except RunError as error:
         return None, str(error)
 

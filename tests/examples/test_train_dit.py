@@ -85,10 +85,12 @@ def run(images, folder, *arguments):
 
 def saved_state(folder):
     """The newest checkpoint of a run, read without the script's own code."""
-    manager = ocp.CheckpointManager((folder / "checkpoints").resolve())
-    step = manager.latest_step()
     items = {name: ocp.args.StandardRestore() for name in ("params", "opt_state")}
-    with jax.default_device(jax.devices()[0]):
+    with (
+        ocp.CheckpointManager((folder / "checkpoints").resolve()) as manager,
+        jax.default_device(jax.devices()[0]),
+    ):
+        step = manager.latest_step()
         restored = manager.restore(step, args=ocp.args.Composite(**items))
     return step, {name: restored[name] for name in items}
 

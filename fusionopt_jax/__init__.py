@@ -6,6 +6,7 @@ from fusionopt_jax.recipes import (
     accumulate,
     fusion_opt,
     fusion_opt_torch,
+    kl_shampoo_torch,
     warm_start,
     warm_start_report,
 )
@@ -23,6 +24,7 @@ from fusionopt_jax.transforms.normuon import normuon
 from fusionopt_jax.transforms.ns5 import ns5
 from fusionopt_jax.transforms.polyak import polyak
 from fusionopt_jax.transforms.schedule_free import schedule_free
+from fusionopt_jax.transforms.shampoo import shampoo
 from fusionopt_jax.transforms.snr_gate import snr_gate
 
 __version__ = "0.2.0"
@@ -43,12 +45,14 @@ __all__ = [
     "fusion_opt_torch",
     "hyperball",
     "kl_shampoo",
+    "kl_shampoo_torch",
     "measure_gain",
     "mona",
     "normuon",
     "ns5",
     "polyak",
     "schedule_free",
+    "shampoo",
     "snr_gate",
     "warm_start",
     "warm_start_report",

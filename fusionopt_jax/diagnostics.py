@@ -14,6 +14,7 @@ from fusionopt_jax.transforms.gain import GainState
 # Names that the rule in `_component_name` would not give.
 _NAMES = {
     "KLShampooState": "kl_shampoo",
+    "KLShampooTorchState": "kl_shampoo_torch",
     "MONAState": "mona",
     "NS5State": "ns5",
     "NorMuonState": "normuon",

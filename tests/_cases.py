@@ -34,6 +34,7 @@ class Case:
         params: Whether `update` must be given the parameters.
         matrices: Whether every leaf has to be a matrix or a stack of them.
         complex_too: Whether complex leaves are served; elsewhere they are refused.
+        starts_still: Whether the first gradient only starts statistics.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Case:
     params: bool = False
     matrices: bool = False
     complex_too: bool = False
+    starts_still: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -89,8 +91,13 @@ ALL = (
         matrices=True,
     ),
     _direction(
-        "kl_shampoo_gram",
-        lambda routing: fo.kl_shampoo(statistics="gram", restore_norm=True),
+        "kl_shampoo_every_step",
+        lambda routing: fo.kl_shampoo(b2=0.9, update_every=1, restore_norm=True),
+        matrices=True,
+    ),
+    _direction(
+        "shampoo",
+        lambda routing: fo.shampoo(_momentum(), routing=routing, restore_norm=True),
         matrices=True,
     ),
     _direction("cautious", lambda routing: fo.cautious(_momentum())),
@@ -199,6 +206,13 @@ ALL = (
         ),
         value=True,
         params=True,
+    ),
+    _optimizer(
+        "kl_shampoo_torch",
+        lambda routing: fo.kl_shampoo_torch(1e-2, routing=routing),
+        params=True,
+        starts_still=True,
+        matrices=True,
     ),
     _optimizer(
         "fusion_opt_torch",

@@ -28,11 +28,13 @@ PROMISED = {
     "fusion_opt",
     "fusion_opt_torch",
     "kl_shampoo",
+    "kl_shampoo_torch",
     "mona",
     "normuon",
     "ns5",
     "polyak",
     "schedule_free",
+    "shampoo",
     "warm_start",
 }
 
@@ -41,7 +43,10 @@ KEYWORDS = {
     "ns5": "routing coefficients steps preconditioner method hot_dtype scale",
     "normuon": "beta2 eps restore_norm routing",
     "mona": "alpha beta weighted",
-    "kl_shampoo": "inner statistics exponent update_every sides",
+    "kl_shampoo": "inner exponent update_every sides",
+    "shampoo": "inner exponent update_every sides damping",
+    "kl_shampoo_torch": "lr betas shampoo_beta eps weight_decay precondition_frequency "
+    "init_factor normalize_grads using_damping using_clamping",
     "schedule_free": "inner learning_rate b1 b1_max b1_anneal_steps weight_lr_power r "
     "averaging_warmup inner_params state_dtype keep_average",
     "polyak": "inner rule norm",

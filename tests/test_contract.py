@@ -100,8 +100,12 @@ def test_takes_extra_arguments(case):
 
 @every_case
 def test_points_downhill(case):
-    _, grads, _ = _cases.start(case)
-    updates, _ = _cases.first_update(case)
+    params, grads, _ = _cases.start(case)
+    updates, state = _cases.first_update(case)
+    if case.starts_still:
+        assert not any(leaf.any() for leaf in jax.tree.leaves(updates))
+        extra = _cases.arguments(case)
+        updates, _ = _cases.update(case)(grads, state, params, **extra)
     along = _cases.inner_product(updates, grads)
     assert along > 0 if case.kind == "direction" else along < 0
 

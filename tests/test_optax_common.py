@@ -109,6 +109,11 @@ OPTIMIZERS = {
     "ns5": lambda: on_matrices(fo.ns5(), 0.02),
     "normuon": lambda: on_matrices(optax.chain(fo.ns5(), fo.normuon()), 0.02),
     "kl_shampoo": lambda: on_matrices(fo.kl_shampoo(optax.trace(0.5)), 0.02),
+    "shampoo": lambda: on_matrices(
+        # Ten steps old, the powers of the first gradients are those of another scale.
+        fo.shampoo(optax.trace(0.5), update_every=1),
+        0.02,
+    ),
     "snr_gate": lambda: on_matrices(fo.snr_gate(fo.ns5()), 0.05),
     "hyperball": lambda: optax.multi_transform(
         {
@@ -218,7 +223,17 @@ INJECTED = {
     "ns5_routed": (fo.ns5, {"routing": _cases.ROUTING, "audit_every": 2}, ()),
     "normuon": (fo.normuon, {"routing": _cases.ROUTING}, ()),
     "mona": (fo.mona, {}, ()),
-    "kl_shampoo": (fo.kl_shampoo, {"routing": _cases.ROUTING, "update_every": 2}, ()),
+    "kl_shampoo": (
+        fo.kl_shampoo,
+        {"routing": _cases.ROUTING, "sides": "both", "update_every": 2},
+        (),
+    ),
+    "shampoo": (fo.shampoo, {"routing": _cases.ROUTING}, ()),
+    "kl_shampoo_torch": (
+        fo.kl_shampoo_torch,
+        {"lr": 0.1, "routing": _cases.ROUTING, "betas": (0.9, 0.98)},
+        ("betas",),
+    ),
     "snr_gate": (fo.snr_gate, {"inner": fo.mona(), "routing": _cases.ROUTING}, ()),
     "add_cautious_decayed_weights": (
         fo.add_cautious_decayed_weights,

@@ -385,7 +385,7 @@ def test_the_matrices_of_a_head_are_those_that_flax_multiplies_by(rng):
     }
     routes = fo.Routing(fo.attention_rules(per_head=True)).routes(params)
     stacks = {
-        route.path: route.view.to_stack(leaf)
+        route.path: route.view.to_stacks(leaf)[0]
         for route, leaf in zip(routes, jax.tree.leaves(params), strict=True)
     }
     for head in range(2):

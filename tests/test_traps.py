@@ -272,6 +272,8 @@ def test_missing_loss_in_a_group_says_what_to_pass():
         "ns5",
         "normuon",
         "kl_shampoo",
+        "shampoo",
+        "kl_shampoo_torch",
         "snr_gate",
         "hyperball",
         "fusion_opt",

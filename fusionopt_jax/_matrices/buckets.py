@@ -385,8 +385,3 @@ def _ids(view: MatrixView, key: int) -> tuple[Array, ...]:
         ids.append(jnp.asarray(numbers, jnp.int32))
         start += stack.count
     return tuple(ids)
-
-
-def turned(stack: Array, turn: bool) -> Array:
-    """The stack, transposed if it is to be; its own inverse."""
-    return stack.mT if turn else stack

@@ -1,49 +1,30 @@
-r"""Kronecker factors of a stack of matrices: statistics, eigenbases, inverse roots.
+"""Symmetric matrices in fp32: products, orthonormal bases, powers, storage.
 
-One stack of matrices in, one out: no trees, no schedule, no Optax. Every stack is
-`(b, m, n)`. A side of it has a factor :math:`S` `(b, d, d)`, an orthonormal basis
-:math:`Q` `(b, d, d)` that tracks the eigenvectors of :math:`S`, and eigenvalues
-:math:`\lambda` `(b, d)`; `a` is the side of the rows, `c` that of the columns:
-
-.. math::
-    S_a \leftarrow b S_a + (1-b)\,G S_c^{-1} G^\top / n, \qquad
-    \lambda_a \leftarrow b \lambda_a + (1-b)\,
-        \operatorname{mean}_j\bigl((Q_a^\top G Q_c)_{ij}^2 / \lambda_{c,j}\bigr),
-
-with rows and columns exchanged for the other side. A side that is `None` is the
-identity.
+One stack of matrices in, one out: no trees, no schedule, no Optax. A symmetric `S` is
+`(b, d, d)`, an orthonormal `Q` that tracks its eigenvectors has them as columns.
 """
 
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias
+import functools
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-Orthonormalisation: TypeAlias = Literal["auto", "qr", "cholesky_qr"]
 Stack: TypeAlias = Float[Array, "b m n"]
 SquareStack: TypeAlias = Float[Array, "b d d"]
 Number: TypeAlias = float | int | Float[Array, ""]
 """A number, or a scalar array that a schedule provides."""
 
-ORTHONORMALISATIONS: tuple[Orthonormalisation, ...] = ("auto", "qr", "cholesky_qr")
-
 # Two Cholesky passes leave about 1e-6 where they work; where they do not, the columns
 # were dependent to within fp32.
 _ORTHOGONALITY_LIMIT = 1e-4
 
+# Columns that Gram–Schmidt takes at a time: from 8 to 64 a CPU hardly cares.
+_PANEL = 16
 
-class Side(NamedTuple):
-    """The eigenbasis of one side of a stack of matrices.
-
-    Attributes:
-        basis: Orthonormal vectors as columns, fp32 `(b, d, d)`.
-        values: An eigenvalue for each of them, fp32 `(b, d)`.
-    """
-
-    basis: SquareStack
-    values: Any
+# Jacobi's method converges quadratically; six to eight sweeps are the rule.
+_JACOBI_SWEEPS = 15
 
 
 def product(A: Array, B: Array, precision: jax.lax.Precision) -> Array:
@@ -80,178 +61,234 @@ def power(values: Array, exponent: Number) -> Array:
     return jnp.where(positive, jnp.where(positive, values, 1) ** exponent, 0)
 
 
-def rotated(
-    X: Stack, a: Side | None, c: Side | None, precision: jax.lax.Precision
-) -> Stack:
-    """Q_aᵀ X Q_c."""
-    if c is not None:
-        X = product(X, c.basis, precision)
-    if a is not None:
-        X = product(a.basis.mT, X, precision)
-    return X
+def symmetric_power(
+    S: SquareStack, exponent: Number, ridge: Array, *, alone: bool
+) -> SquareStack:
+    """(S + ridge I) ** exponent by an eigendecomposition; null directions give 0.
 
-
-def precondition(
-    M: Stack,
-    a: Side | None,
-    c: Side | None,
-    *,
-    exponent: Number,
-    eps: Float[Array, "b 1 1"],
-    precision: jax.lax.Precision,
-) -> Stack:
-    """Q_a [(Q_aᵀ M Q_c) / (1/s + eps)] Q_cᵀ, s the outer product of λ^exponent."""
-    if a is None or c is None:
-        # One side: the smaller product first, (Q diag Qᵀ) M.
-        side = c if a is None else a
-        if side is None:
-            return M
-        scale = power(side.values, exponent)[:, None, :]
-        scale = scale / (1 + scale * eps)
-        root = product(side.basis * scale, side.basis.mT, precision)
-        return product(*((M, root) if a is None else (root, M)), precision)
-    scale = (
-        power(a.values, exponent)[:, :, None] * power(c.values, exponent)[:, None, :]
-    )
-    inner = rotated(M, a, c, precision) * (scale / (1 + scale * eps))
-    left = product(a.basis, inner, precision)
-    return product(left, c.basis.mT, precision)
-
-
-def whitened_squares(
-    G: Stack, a: Side | None, c: Side | None, precision: jax.lax.Precision
-) -> tuple[Float[Array, "b m"], Float[Array, "b n"]]:
-    """What one gradient says of the eigenvalues of either side."""
-    squares = jnp.square(rotated(G, a, c, precision))
-    over_columns = squares if c is None else squares * inverse(c.values)[:, None, :]
-    over_rows = squares if a is None else squares * inverse(a.values)[:, :, None]
-    return jnp.mean(over_columns, axis=2), jnp.mean(over_rows, axis=1)
-
-
-def whitened_gram(
-    G: Stack, other: Side | None, precision: jax.lax.Precision
-) -> Float[Array, "b m m"]:
-    """G S_c⁻¹ Gᵀ / n, with S_c read off its eigenbasis."""
-    if other is not None:
-        G = product(G, other.basis, precision)
-    weights = None if other is None else inverse(other.values)
-    return gram(G, weights, precision) / G.shape[-1]
-
-
-def symmetric_power(S: SquareStack, exponent: Number, ridge: Array) -> SquareStack:
-    """(S + ridge I) ** exponent by an eigendecomposition; null directions give 0."""
-    values, vectors = jnp.linalg.eigh(S)
+    Args:
+        S: Positive semi-definite.
+        exponent: Any number.
+        ridge: `(b, 1)`.
+        alone: Whether the program runs on one device, see `eigh`.
+    """
+    values, vectors = eigh(S, alone=alone)
     scale = power(jnp.maximum(values, 0) + ridge, exponent)
     return product(vectors * scale[:, None, :], vectors.mT, jax.lax.Precision.HIGHEST)
 
 
-def ordered(side: Side) -> Side:
+def eigh(S: SquareStack, *, alone: bool) -> tuple[Float[Array, "b d"], SquareStack]:
+    """Eigenvalues and eigenvectors, in any order.
+
+    Args:
+        S: Symmetric.
+        alone: Whether the program runs on one device. Several CPU devices take Jacobi's
+            method, which is slow and needs no LAPACK: JAX 0.10 can wait for ever where
+            LAPACK and a collective of forced host devices run beside each other.
+    """
+    lapack = lambda S: tuple(jnp.linalg.eigh(S))  # noqa: E731
+    if alone:
+        return lapack(S)
+    return jax.lax.platform_dependent(S, cpu=jacobi, default=lapack)
+
+
+def jacobi(S: SquareStack) -> tuple[Float[Array, "b d"], SquareStack]:
+    """`eigh` by Jacobi rotations of d/2 disjoint pairs of axes at a time.
+
+    In every round axis i of the first half is paired with axis i of the second. The
+    d - 1 rounds of a round-robin tournament pair every axis with every other, and leave
+    the axes in their first order. An odd d gets an axis of zeros, which never turns.
+    """
+    d = S.shape[-1]
+    half = (d + 1) // 2
+    # The first axis stays, the others go round.
+    up, down = range(1, half - 1), range(half + 1, 2 * half)
+    circle = [0, half, *up, *down, half - 1] if half > 1 else [0, 1]
+    round_robin = jnp.asarray(circle)
+    odd = ((0, 0), (0, d % 2), (0, d % 2))
+    others = 1 - jnp.eye(2 * half, dtype=S.dtype)[None]
+    rounding = d * float(jnp.finfo(jnp.float32).eps) ** 2
+    tiny = rounding * jnp.sum(jnp.square(S), axis=(1, 2))
+
+    def rotated(rows: Array, c: Array, s: Array) -> Array:
+        first, second = rows[:, :half], rows[:, half:]
+        return jnp.concatenate([c * first - s * second, s * first + c * second], axis=1)
+
+    def diagonal(block: Array) -> Array:
+        return jnp.diagonal(block, axis1=1, axis2=2)[:, :, None]
+
+    def turn(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        A, V = carry
+        # The smaller of the two angles that make the entry between the pair zero.
+        between = diagonal(A[:, :half, half:])
+        gap = diagonal(A[:, half:, half:]) - diagonal(A[:, :half, :half])
+        divisor = jnp.abs(gap) + jnp.sqrt(gap * gap + 4 * between * between)
+        sign = jnp.where(gap < 0, -1.0, 1.0)
+        t = sign * 2 * between / jnp.where(divisor > 0, divisor, 1)
+        c = 1 / jnp.sqrt(1 + t * t)
+        A = rotated(rotated(A, c, c * t).mT, c, c * t)
+        V = rotated(V, c, c * t)
+        return A[:, round_robin][:, :, round_robin], V[:, round_robin]
+
+    def sweep(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        A, V, count = carry
+        A, V = jax.lax.fori_loop(0, 2 * half - 1, turn, (A, V))
+        return A, V, count + 1
+
+    def unfinished(carry: tuple[Array, Array, Array]) -> Array:
+        A, _, count = carry
+        outside = jnp.sum(jnp.square(A * others), axis=(1, 2))
+        return (count < _JACOBI_SWEEPS) & jnp.any(outside > tiny)
+
+    A = jnp.pad(S, odd)
+    V = jnp.broadcast_to(jnp.eye(2 * half, dtype=S.dtype), A.shape)
+    A, V, _ = jax.lax.while_loop(unfinished, sweep, (A, V, jnp.asarray(0)))
+    return diagonal(A)[:, :d, 0], V[:, :d, :d].mT
+
+
+def ordered(
+    Q: SquareStack, values: Float[Array, "b d"]
+) -> tuple[SquareStack, Float[Array, "b d"]]:
     """The same basis with the largest eigenvalue first."""
-    order = jnp.argsort(side.values, axis=1, descending=True)
-    return Side(
-        jnp.take_along_axis(side.basis, order[:, None, :], axis=2),
-        jnp.take_along_axis(side.values, order, axis=1),
+    order = jnp.argsort(values, axis=1, descending=True)
+    return (
+        jnp.take_along_axis(Q, order[:, None, :], axis=2),
+        jnp.take_along_axis(values, order, axis=1),
     )
 
 
-def eigenvectors(S: SquareStack) -> SquareStack:
-    """The eigenvectors of each matrix as columns, that of the largest value first."""
-    return jnp.linalg.eigh(S)[1][:, :, ::-1]
-
-
-def resolve_orthonormalisation(
-    method: Orthonormalisation,
-) -> Literal["qr", "cholesky_qr"]:
-    """`"auto"` made definite: QR on CPUs, Cholesky-QR elsewhere.
-
-    LAPACK's QR is quick; accelerators go through a stack of QRs one column at a time,
-    and through Cholesky-QR with matrix products.
-    """
-    if method != "auto":
-        return method
-    return "qr" if jax.default_backend() == "cpu" else "cholesky_qr"
-
-
 def power_step(
-    S: SquareStack,
-    Q: SquareStack,
-    method: Literal["qr", "cholesky_qr"],
-    precision: jax.lax.Precision,
+    S: SquareStack, Q: SquareStack, precision: jax.lax.Precision
 ) -> SquareStack:
-    """The orthonormal factor of S Q: one step towards the eigenvectors of S.
+    """The orthonormal factor of S Q: one step towards the eigenvectors of S."""
+    return orthonormal(product(S, Q, precision), Q, precision)
 
-    In the null space of S (all of it, before the first gradient) there is nowhere to
-    go: S Q is rounding error there, and the basis stays as near to the old one as the
+
+def orthonormal(
+    Y: SquareStack, Q: SquareStack, precision: jax.lax.Precision
+) -> SquareStack:
+    """Orthonormal columns that span what the first columns of Y span, for every number.
+
+    Where Y has no direction of its own to give (all of it, before the first gradient),
+    its columns are rounding error, and the basis stays as near to the old one as the
     new directions let it.
+
+    CPUs take Gram–Schmidt in matrix products: LAPACK's QR isn't faster there, and JAX
+    0.10 can wait for ever where LAPACK and a collective of forced host devices run
+    beside each other. Accelerators, which would go through it column by column, take
+    Cholesky-QR.
     """
-    Y = product(S, Q, precision)
-    norms = jnp.linalg.norm(Y, axis=1)
-    rounding = _rounding(S.shape[-1]) * jnp.max(norms, axis=1)
-    completed = lambda: _gram_schmidt(Y, Q, rounding)  # noqa: E731
-    if method == "cholesky_qr":
-        spent = norms <= rounding[:, None]
-        stepped = _cholesky_qr(jnp.where(spent[:, None, :], Q, Y), precision)
-        error = jnp.abs(product(stepped.mT, stepped, precision) - _identity(stepped))
-        # The comparison is true for NaN as well.
-        return jax.lax.cond(
-            ~(jnp.max(error) < _ORTHOGONALITY_LIMIT), completed, lambda: stepped
-        )
-    stepped, R = jnp.linalg.qr(Y)
-    spent = jnp.abs(jnp.diagonal(R, axis1=1, axis2=2)) <= rounding[:, None]
-    return jax.lax.cond(jnp.any(spent), completed, lambda: stepped)
+    return jax.lax.platform_dependent(
+        Y,
+        Q,
+        cpu=gram_schmidt,
+        default=functools.partial(cholesky_qr, precision=precision),
+    )
 
 
-def _rounding(d: int) -> float:
-    """The relative error of a product of d × d matrices in fp32, with a margin of 4."""
-    return 4 * float(jnp.finfo(jnp.float32).eps) * d**0.5
-
-
-def _cholesky_qr(Y: SquareStack, precision: jax.lax.Precision) -> SquareStack:
-    """The Q of a QR factorisation by two Cholesky passes; NaN where they break down.
+def cholesky_qr(
+    Y: SquareStack, Q: SquareStack, *, precision: jax.lax.Precision
+) -> SquareStack:
+    """`orthonormal` by two Cholesky passes; by Gram–Schmidt where those break down.
 
     Scaled columns have the same Q; those of S Q are then nearly orthonormal, however
     large the condition of S, once Q is near its eigenvectors.
     """
-    norms = jnp.linalg.norm(Y, axis=1, keepdims=True)
-    Q = Y / jnp.where(norms > 0, norms, 1)
+    scaled, rounding = _scaled(Y)
+    lengths = _lengths(scaled)
+    # A column without a direction would make the product singular.
+    unit = scaled / jnp.where(lengths > 0, lengths, 1)
+    X = jnp.where(lengths <= rounding, Q, unit)
     for _ in range(2):
-        lower = jax.lax.linalg.cholesky(product(Q.mT, Q, precision))
-        Q = jax.lax.linalg.triangular_solve(lower, Q, lower=True, transpose_a=True)
-    return Q
+        lower = jax.lax.linalg.cholesky(product(X.mT, X, precision))
+        X = jax.lax.linalg.triangular_solve(lower, X, lower=True, transpose_a=True)
+    identity = jnp.eye(X.shape[-1], dtype=X.dtype)[None]
+    error = jnp.max(jnp.abs(product(X.mT, X, precision) - identity))
+    return jax.lax.cond(
+        # The comparison is true for NaN as well.
+        ~(error < _ORTHOGONALITY_LIMIT),
+        lambda: gram_schmidt(Y, Q),
+        lambda: X,
+    )
 
 
-def _gram_schmidt(
-    Y: SquareStack, Q: SquareStack, rounding: Float[Array, " b"]
-) -> SquareStack:
-    """Orthonormal columns from those of Y, and from old ones where Y has none to give.
+def gram_schmidt(Y: SquareStack, Q: SquareStack) -> SquareStack:
+    """`orthonormal` by Gram–Schmidt on the columns of Y, then on those of Q.
 
     Columns that add no more than rounding error to those before them give way to the
     old ones, which come last and so are orthogonalised against all that is new.
     """
+    new = _gram_schmidt(*_scaled(Y), kept=0.5)
+    free = ~jnp.any(new != 0, axis=1)
 
-    def adding(candidates: SquareStack, least: Array) -> Callable[..., SquareStack]:
-        def add(j: Array, basis: SquareStack) -> SquareStack:
-            free = ~jnp.any(basis[:, :, j] != 0, axis=1)
-            column = candidates[:, :, j]
-            # Once leaves the rounding of what was subtracted; twice doesn't.
-            for _ in range(2):
-                shares = jnp.einsum("bij,bi->bj", basis, column, precision="highest")
-                column -= jnp.einsum("bij,bj->bi", basis, shares, precision="highest")
-            length = jnp.linalg.norm(column, axis=1)
-            chosen = (free & (length > least))[:, None]
-            unit = column / jnp.where(length > 0, length, 1)[:, None]
-            return basis.at[:, :, j].set(jnp.where(chosen, unit, basis[:, :, j]))
+    def completed() -> SquareStack:
+        order = jnp.argsort(free, axis=1, stable=True)
+        last = jnp.where(free[:, None, :], Q, new)
+        last = jnp.take_along_axis(last, order[:, None, :], axis=2)
+        back = jnp.argsort(order, axis=1)[:, None, :]
+        return jnp.take_along_axis(_gram_schmidt(last, 0.0, kept=0.0), back, axis=2)
 
-        return add
+    return jax.lax.cond(jnp.any(free), completed, lambda: new)
 
+
+def _gram_schmidt(
+    Y: SquareStack, least: Float[Array, "b 1 1"] | float, *, kept: float
+) -> SquareStack:
+    """Orthonormal columns by Gram–Schmidt, twice over; zeros where nothing is left.
+
+    A few columns at a time, so that most of the work is in matrix products.
+
+    Args:
+        Y: The columns.
+        least: Those of which no more is left after the first pass become zeros.
+        kept: Those of which no more is left of 1 after the second pass do as well:
+            they were rounding error.
+    """
     d = Y.shape[-1]
-    basis = jax.lax.fori_loop(0, d, adding(Y, rounding), jnp.zeros_like(Y))
-    return jax.lax.fori_loop(0, d, adding(Q, jnp.zeros_like(rounding)), basis)
+    width = min(_PANEL, d)
+    columns = jnp.arange(d + -d % width)[None, None, :]
+    padded = jnp.pad(Y, ((0, 0), (0, 0), (0, -d % width)))
+
+    def without(X: Array, basis: Array) -> Array:
+        highest = jax.lax.Precision.HIGHEST
+        return X - product(basis, product(basis.mT, X, highest), highest)
+
+    def orthonormalised(panel: Array, least: Any) -> Array:
+        def column(j: Array, panel: Array) -> Array:
+            x = jax.lax.dynamic_slice_in_dim(panel, j, 1, axis=2)
+            x = without(x, jnp.where(columns[:, :, :width] < j, panel, 0))
+            length = _lengths(x)
+            stays = length > least
+            x = jnp.where(stays, x / jnp.where(stays, length, 1), 0)
+            return jax.lax.dynamic_update_slice_in_dim(panel, x, j, axis=2)
+
+        return jax.lax.fori_loop(0, width, column, panel)
+
+    def step(k: Array, basis: Array) -> Array:
+        start = k * width
+        panel = jax.lax.dynamic_slice_in_dim(basis, start, width, axis=2)
+        before = jnp.where(columns < start, basis, 0)
+        # Once leaves the rounding of what was subtracted; twice doesn't.
+        for limit in (least, kept):
+            panel = orthonormalised(without(panel, before), limit)
+        return jax.lax.dynamic_update_slice_in_dim(basis, panel, start, axis=2)
+
+    return jax.lax.fori_loop(0, padded.shape[2] // width, step, padded)[:, :, :d]
 
 
-def _identity(stack: SquareStack) -> Float[Array, "1 d d"]:
-    """The identity that every matrix of a stack is compared with."""
-    return jnp.eye(stack.shape[-1], dtype=stack.dtype)[None]
+def _scaled(Y: SquareStack) -> tuple[SquareStack, Float[Array, "b 1 1"]]:
+    """Y divided by its largest entry, and the length of a column of rounding error."""
+    # Squares of tiny columns would leave the range of fp32.
+    largest = jnp.max(jnp.abs(Y), axis=(1, 2), keepdims=True)
+    Y = Y / jnp.where(largest > 0, largest, 1)
+    # Of the product that made Y, with a margin of 4.
+    share = 4 * float(jnp.finfo(jnp.float32).eps) * Y.shape[-1] ** 0.5
+    return Y, share * jnp.max(_lengths(Y), axis=2, keepdims=True)
+
+
+def _lengths(Y: Stack) -> Float[Array, "b 1 n"]:
+    """The length of each column."""
+    return jnp.sqrt(jnp.sum(Y * Y, axis=1, keepdims=True))
 
 
 def packed_shape(d: int) -> tuple[int, int]:

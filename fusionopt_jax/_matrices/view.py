@@ -85,31 +85,6 @@ class MatrixView:
         """How many matrices the leaf holds."""
         return sum(stack.count for stack in self.stacks)
 
-    @property
-    def stack_shape(self) -> StackShape:
-        """`(count, in, out)` of the only stack."""
-        (stack,) = self.stacks
-        return stack
-
-    @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """`(in, out)` of one matrix of the only stack."""
-        return self.stack_shape.matrix
-
-    def to_stack(self, leaf: Array) -> Array:
-        """The leaf as its only stack."""
-        (stack,) = self.to_stacks(leaf)
-        return stack
-
-    def from_stack(self, stack: Array) -> Array:
-        """The inverse of `to_stack`."""
-        return self.from_stacks([stack])
-
-    @property
-    def smallest_side(self) -> int:
-        """The shortest side of any matrix."""
-        return min(min(stack.matrix) for stack in self.stacks)
-
     def checked(self, name: str) -> "MatrixView":
         """Itself, if its axes are distinct and its chunks fit; `name` is a path."""
         used = self.in_axes + self.out_axes

@@ -31,11 +31,11 @@ from fusionopt_jax._types import (
 )
 from fusionopt_jax.recipes.components import checked_components
 from fusionopt_jax.routing import SCALAR, SPECTRAL, Routing, matrix_views
-from fusionopt_jax.transforms.kl_shampoo import kl_shampoo
 from fusionopt_jax.transforms.mona import mona
 from fusionopt_jax.transforms.ns5 import ns5
 from fusionopt_jax.transforms.polyak import polyak
 from fusionopt_jax.transforms.schedule_free import schedule_free
+from fusionopt_jax.transforms.shampoo import shampoo
 
 TorchHotDtype: TypeAlias = Literal["fp32", "bf16", "fp16", "fp16_safe"]
 
@@ -208,17 +208,16 @@ def fusion_opt_torch(
     if "mona" in chosen:
         momentum = optax.chain(mona(alpha=mona_alpha, b1=beta_n), momentum)
     if "shampoo" in chosen:
-        momentum = kl_shampoo(
+        momentum = shampoo(
             momentum,
             routing=routing,
             b2=beta_k,
-            statistics="gram",
             exponent=-0.25,
             sides="both",
             update_every=eigen_period,
             stagger=False,
             damping=shampoo_delta,
-            scaling="absolute",
+            relative=False,
         )
     spectral = [momentum]
     if "ns5" in chosen:

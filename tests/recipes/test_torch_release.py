@@ -89,7 +89,7 @@ def test_adam_is_exact_from_the_first_step():
 def test_all_components_are_the_default():
     params = {"kernel": jnp.ones((128, 128))}
     tree = jax.eval_shape(fusion_opt_torch().init, params)
-    for kind in ("MONAState", "KLShampooState", "NS5State", "RowScaleState"):
+    for kind in ("MONAState", "ShampooState", "NS5State", "RowScaleState"):
         assert optax.tree.get(tree, kind) is not None
 
 

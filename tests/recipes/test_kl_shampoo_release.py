@@ -1,4 +1,4 @@
-"""`kl_shampoo` against recordings of the published code.
+"""`kl_shampoo_torch` against recordings of the published code.
 
 The recordings hold one parameter of three axes as well, `W_3d`. The published code
 gives such a tensor three coupled factors; in this library a leaf of three axes is a
@@ -45,7 +45,7 @@ def with_recorded_bases(tx, golden):
         )
     }
 
-    def update(updates, state, params=None):
+    def update(updates, state, params=None, **extra_args):
         updates, new = tx.update(updates, state, params)
         injected = {
             field: {
@@ -60,48 +60,15 @@ def with_recorded_bases(tx, golden):
 
 
 def run(golden, *, recorded_bases=True):
-    """Weights after every step of the published optimiser, and the last state.
-
-    Momentum is an average, the first gradient moves nothing (not even by decay), and
-    decay comes after the update.
-    """
-    h = golden.hyper
-    kl = fo.kl_shampoo(
-        optax.chain(optax.scale(1 - h["betas"][0]), optax.trace(h["betas"][0])),
-        b2=h["betas"][1] if h["shampoo_beta"] < 0 else h["shampoo_beta"],
-        sides="both",
-        update_every=h["precondition_frequency"],
-        stagger=False,
-        first_step="skip",
-        # From the axes on, bases would be ordered by eigenvalue, which no published
-        # code does.
-        first_basis="eigh",
-        eps=h["eps"],
-        damping=h["eps"] if h.get("using_damping") else 0.0,
-        scaling="absolute",
-        max_inverse_root=4000.0 if h.get("using_clamping", True) else None,
-    )
-    normalise = optax.identity()
-    if h.get("normalize_grads"):
-        normalise = optax.stateless_with_tree_map(
-            lambda u, _: u / (1e-30 + jnp.sqrt(jnp.mean(u * u)))
-        )
-    rate, weight_decay = h["lr"], h["weight_decay"]
-
-    def decay(updates, state, params, *, present, **_):
-        # (p - lr u)(1 - lr wd) = p - lr ((1 - lr wd) u + wd p).
-        shrink = lambda u, p: (1 - rate * weight_decay) * u + present * weight_decay * p  # noqa: E731
-        return jax.tree.map(shrink, updates, params), state
-
-    tx = optax.chain(
-        with_recorded_bases(kl, golden) if recorded_bases else kl,
-        normalise,
-        optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), decay),
-        optax.scale(-rate),
-    )
-    present = np.arange(_golden.STEPS) > 0
-    paths, state, _ = _replay.run(tx, golden.params0, golden.grads, present=present)
-    return paths, state[0]
+    """Weights after every step of the published optimiser, and the last state."""
+    settings = {k: v for k, v in golden.hyper.items() if k != "cast_dtype"}
+    if settings["shampoo_beta"] < 0:
+        settings["shampoo_beta"] = None
+    tx = fo.kl_shampoo_torch(**settings | {"betas": tuple(settings["betas"])})
+    if recorded_bases:
+        tx = with_recorded_bases(tx, golden)
+    paths, state, _ = _replay.run(tx, golden.params0, golden.grads)
+    return paths, state
 
 
 @pytest.mark.parametrize(
@@ -144,3 +111,53 @@ def test_follows_the_published_bf16_code_loosely():
     # The recording rounds every product to eight bits, this library none of them; the
     # float64 reference is 0.0045 away as well. The weights travel 0.5.
     _compare.assert_follows(golden, paths, tolerance=0.01)
+
+
+def test_first_step_moves_nothing_and_starts_the_statistics(rng):
+    params = {"w": jnp.asarray(rng.normal(size=(2, 4, 6)), jnp.float32)}
+    tx = fo.kl_shampoo_torch(0.1)
+    state = tx.init(params)
+    updates, new = jax.jit(tx.update)(params, state, params)
+    assert not np.asarray(updates["w"]).any()
+    assert not np.asarray(new.average["w"]).any()
+    assert np.asarray(new.input_factors["w"]).any()
+    assert np.asarray(tx.update(params, new, params)[0]["w"]).any()
+
+
+def test_rotations_do_not_matter(rng):
+    """The bases start from eigenvectors, which turn with the gradients."""
+    grads = rng.normal(size=(7, 6, 6)) * np.linspace(0.3, 2.0, 6)[:, None]
+    left, right = (np.linalg.qr(rng.normal(size=(6, 6)))[0] for _ in range(2))
+    params = jnp.zeros((6, 6))
+    tx = fo.kl_shampoo_torch(1.0, weight_decay=0.0, precondition_frequency=2)
+
+    @jax.jit
+    def changes(grads):
+        step = lambda state, g: tx.update(g, state, params)[::-1]  # noqa: E731
+        return jax.lax.scan(step, tx.init(params), grads)[1]
+
+    plain = np.asarray(changes(jnp.asarray(grads, jnp.float32)), np.float64)
+    turned = changes(jnp.asarray(left @ grads @ right, jnp.float32))
+    # The rotated gradients are rounded anew; entries up to 10.
+    _compare.assert_within(turned, left @ plain @ right, 3e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"betas": (0.9, 1.0)}, r"`betas\[1\]` must lie in"),
+        ({"shampoo_beta": -1}, "`shampoo_beta` must lie in"),
+        ({"precondition_frequency": 0}, "`precondition_frequency` must be at least 1"),
+        ({"init_factor": 0.0}, "`init_factor` must lie in"),
+    ],
+)
+def test_settings_out_of_range_are_errors(settings, message):
+    with pytest.raises(ValueError, match=message):
+        fo.kl_shampoo_torch(**settings)
+
+
+def test_parameters_are_needed():
+    tx = fo.kl_shampoo_torch()
+    grads = jnp.ones((2, 2))
+    with pytest.raises(ValueError, match="decays the parameters"):
+        tx.update(grads, tx.init(grads))

@@ -1,4 +1,4 @@
-"""`kl_shampoo(statistics="gram")` against plain Shampoo in float64."""
+"""`shampoo` against a float64 reference."""
 
 import jax
 import jax.numpy as jnp
@@ -39,16 +39,15 @@ def gradients(rng):
 @pytest.mark.parametrize("exponent", [-0.25, -0.5])
 def test_two_sides_around_a_momentum(rng, exponent):
     history = gradients(rng)
-    tx = fo.kl_shampoo(
+    tx = fo.shampoo(
         optax.trace(0.9),
-        statistics="gram",
         exponent=exponent,
         b2=0.9,
         sides="both",
         update_every=3,
         stagger=False,
         damping=0.1,
-        scaling="absolute",
+        relative=False,
     )
     ours = directions(tx, history)
     matrices = {name: ours[name] for name in ("square", "tall")}
@@ -73,13 +72,12 @@ def test_two_sides_around_a_momentum(rng, exponent):
 
 def test_one_side_takes_the_exponent_of_both(rng):
     history = gradients(rng)
-    tx = fo.kl_shampoo(
-        statistics="gram",
+    tx = fo.shampoo(
         b2=0.9,
         sides="small",
         update_every=1,
         damping=0.1,
-        scaling="absolute",
+        relative=False,
     )
     ours = directions(tx, history)
     factor = np.zeros((4, 4))
@@ -92,10 +90,38 @@ def test_one_side_takes_the_exponent_of_both(rng):
 
 def test_staggered_powers_are_all_there_at_first(rng):
     history = gradients(rng)
-    settings = {"statistics": "gram", "damping": 0.1, "update_every": 4}
-    at_once = directions(fo.kl_shampoo(stagger=False, **settings), history)
-    staggered = directions(fo.kl_shampoo(**settings), history)
+    settings = {"damping": 0.1, "update_every": 4}
+    at_once = directions(fo.shampoo(stagger=False, **settings), history)
+    staggered = directions(fo.shampoo(**settings), history)
     for name in history:
         # The same operations in another program.
         _compare.assert_within(staggered[name][0], at_once[name][0], 1e-5, name)
     assert any(np.any(staggered[n][3] != at_once[n][3]) for n in history)
+
+
+def test_relative_damping_is_a_share_of_the_mean_eigenvalue(rng):
+    history = gradients(rng)
+    settings = {"b2": 0.0, "sides": "both", "update_every": 1}
+    ours = directions(fo.shampoo(damping=0.1, **settings), history)["square"]
+    for step, gradient in enumerate(np.asarray(history["square"], np.float64)):
+        # With `b2`=0 the factors are those of one gradient, and both have its mean.
+        ridge = 0.1 * np.sum(gradient**2) / 5
+        left = shampoo.power(gradient @ gradient.T, -0.25, ridge)
+        right = shampoo.power(gradient.T @ gradient, -0.25, ridge)
+        # As above, on entries up to 1.
+        _compare.assert_within(ours[step], left @ gradient @ right, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"b2": 1.0}, r"`b2` must lie in"),
+        ({"update_every": 0}, "`update_every` must be at least 1"),
+        ({"damping": -1.0}, "`damping` must lie in"),
+        ({"bucketing": "heap"}, "bucketing"),
+    ],
+)
+def test_settings_out_of_range_are_errors(settings, message):
+    # Under the tests' type checker a wrong name fails as a TypeError already.
+    with pytest.raises((ValueError, TypeError), match=message):
+        fo.shampoo(**settings)

@@ -85,6 +85,11 @@ class MatrixView:
         """How many matrices the leaf holds."""
         return sum(stack.count for stack in self.stacks)
 
+    @property
+    def smallest_side(self) -> int:
+        """The shortest side of any matrix."""
+        return min(min(stack.matrix) for stack in self.stacks)
+
     def checked(self, name: str) -> "MatrixView":
         """Itself, if its axes are distinct and its chunks fit; `name` is a path."""
         used = self.in_axes + self.out_axes

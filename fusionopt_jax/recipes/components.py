@@ -20,6 +20,7 @@ from fusionopt_jax.transforms.normuon import normuon
 from fusionopt_jax.transforms.ns5 import ns5
 from fusionopt_jax.transforms.polyak import polyak
 from fusionopt_jax.transforms.schedule_free import schedule_free
+from fusionopt_jax.transforms.shampoo import shampoo
 from fusionopt_jax.transforms.snr_gate import snr_gate
 
 # Where a component stands: chained before the momentum, around it, chained after it,
@@ -85,6 +86,12 @@ COMPONENTS: dict[str, Component] = {
         "groups",
         ("inner", "learning_rate"),
         {"b1": 0.6, "r": 2.0},
+    ),
+    "plain_shampoo": Component(
+        shampoo,
+        "momentum",
+        ("inner", "routing"),
+        excludes={"shampoo": _ONE_WHITENING},
     ),
     "snr_gate": Component(snr_gate, "around", ("inner", "routing")),
     "cautious": Component(cautious, "around", ("inner",)),

@@ -70,7 +70,7 @@ def fusion_opt(
 
     Components stand in the order in which they are listed here, whatever the order of
     `components`. For the matrices: `"mona"` (acceleration) before the momentum;
-    `"shampoo"` (KL-Shampoo) around it; `"ns5"`
+    `"shampoo"` (KL-Shampoo) or `"plain_shampoo"` around it; `"ns5"`
     (orthogonalise) and `"normuon"` (equalise neurons) after it; `"snr_gate"` and then
     `"cautious"` around all of these; `"cautious_decay"` in place of the decay, for the
     rest too; `"hyperball"` in place of decay and step. For both groups: `"sf"`

@@ -58,9 +58,9 @@ def restore(
 
     Args:
         manager: Where to look.
-        params: Parameters like the saved ones: arrays or `jax.ShapeDtypeStruct`s. Each
-            array is restored with the sharding of its target; where the target is not
-            committed to a device, neither is what is restored.
+        params: Parameters like the saved ones: arrays, or each a
+            `jax.ShapeDtypeStruct`. An array is restored with the sharding of its
+            target; where that is not committed to a device, neither is the array.
         opt_state: A state like the saved one: `tx.init(params)`, or its shapes from
             `jax.eval_shape`.
         routing: What the optimiser is built with; it must divide the parameters as it

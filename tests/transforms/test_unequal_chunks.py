@@ -25,6 +25,14 @@ COMPONENTS = {
     "hyperball": lambda routing: fo.hyperball(
         fo.ns5(routing=routing), 0.1, routing=routing
     ),
+    # Renewed at every step, for the phases of other steps depend on a leaf's name.
+    "kl_shampoo": lambda routing: fo.kl_shampoo(
+        routing=routing, update_every=1, bucketing="loop"
+    ),
+    "kl_shampoo_batch": lambda routing: fo.kl_shampoo(
+        routing=routing, update_every=1, bucketing="batch"
+    ),
+    "shampoo": lambda routing: fo.shampoo(routing=routing, update_every=1),
     "unit_rows": lambda routing: torch_release._unit_rows(0.9, routing),
 }
 

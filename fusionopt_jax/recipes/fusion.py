@@ -1,6 +1,6 @@
 """`fusion_opt`: the composed optimiser, one learning rate, any set of components."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -166,7 +166,8 @@ def fusion_opt(
         decays = [build(name, weight_decay=decay) for name in names]
         return optax.chain(tx, *(decays or [optax.add_decayed_weights(decay)]))
 
-    smoothing = [build(name) for name in in_place("gradient", chosen)]
+    smoothing: list[optax.GradientTransformation] = []
+    smoothing += [build(name) for name in in_place("gradient", chosen)]
     smoothing.append(
         optax.trace(momentum, nesterov=nesterov, accumulator_dtype=jnp.float32)
     )
@@ -289,7 +290,7 @@ def _grouped(
         treedef = jax.tree.structure(params)
         return treedef.unflatten([route.label for route in routes])
 
-    checked = {
+    checked: dict[Hashable, TransformLike] = {
         # What a group of one's own takes is its own matter.
         label: checking_leaves("fusion_opt", tx) if label in (SPECTRAL, SCALAR) else tx
         for label, tx in members.items()

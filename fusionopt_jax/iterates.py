@@ -34,8 +34,9 @@ class ScheduleFreeState(NamedTuple):
         z: The fast iterate, shaped like the parameters.
         x: The average, shaped like the parameters, or `None` where it is recovered.
         y_sample: For each leaf (for 64 of them where there are more) one entry of the
-            parameters that the last step leads to, and the size that its rounding
-            refers to: by it `eval_params` knows parameters that are not those.
+            parameters that the last step leads to, the size that its rounding refers
+            to, and that entry of z: by it `eval_params` knows parameters that are not
+            those.
         inner_state: State of the wrapped transformation.
     """
 
@@ -45,7 +46,7 @@ class ScheduleFreeState(NamedTuple):
     max_learning_rate: Scalar
     z: Params
     x: Params | None
-    y_sample: Float[Array, "2 leaves"]
+    y_sample: Float[Array, "3 leaves"]
     inner_state: Any
 
 
@@ -65,25 +66,36 @@ _MOST_SAMPLES = 64
 
 
 def sample_of(
-    params: Params, updates: Params | None = None
-) -> Float[Array, "2 leaves"]:
-    """One entry of each leaf of the parameters after an update, and its size, in fp32.
+    y: list[Array], z: list[Array], steps: list[Array] | None = None
+) -> Float[Array, "3 leaves"]:
+    """Entries of y after an update, their sizes, and those of z, in fp32.
 
     The sum is taken in the dtype of the parameters, as `optax.apply_updates` takes it.
     """
-    if any(map(is_abstract, jax.tree.leaves(params))):
-        return jnp.zeros((2, len(_sampled(jax.tree.leaves(params)))), jnp.float32)
-    trees = (params,) if updates is None else (params, updates)
+    sums, sizes = y, [jnp.abs(entry) for entry in y]
+    if steps is not None:
+        pairs = list(zip(y, steps, strict=True))
+        sums = [(entry + u).astype(entry.dtype) for entry, u in pairs]
+        sizes = [jnp.abs(entry) + jnp.abs(u) for entry, u in pairs]
+    wide = [entry.astype(jnp.float32) for entry in (*sums, *sizes, *z)]
+    return jnp.reshape(jnp.stack(wide), (3, -1)) if wide else jnp.zeros((3, 0))
 
-    def sample(*trees: Params) -> Float[Array, "2 leaves"]:
-        after, sizes = [], []
-        for terms in zip(*map(_middles, trees), strict=True):
-            after.append(sum(terms[1:], start=terms[0]).astype(terms[0].dtype))
-            sizes.append(sum(map(jnp.abs, terms)))
-        wide = [jnp.real(entry).astype(jnp.float32) for entry in (*after, *sizes)]
-        return jnp.reshape(jnp.stack(wide), (2, -1)) if wide else jnp.zeros((2, 0))
 
-    return automatic(sample, *trees, like=PartitionSpec())
+def middles(tree: Params) -> list[Array]:
+    """The real part of an entry in the middle of each leaf that is looked at."""
+    leaves = _sampled(jax.tree.leaves(tree))
+    if any(map(is_abstract, leaves)):
+        return [jnp.real(jnp.zeros([], leaf.dtype)) for leaf in leaves]
+
+    def middle(leaf: Array) -> Array:
+        if not leaf.size:
+            return jnp.real(jnp.zeros([], leaf.dtype))
+        start = [size // 2 for size in leaf.shape]
+        entry = jax.lax.slice(leaf, start, [at + 1 for at in start])
+        return jnp.real(entry.reshape(()))
+
+    slices = lambda leaves: [middle(jnp.asarray(leaf)) for leaf in leaves]  # noqa: E731
+    return automatic(slices, leaves, like=[PartitionSpec()] * len(leaves))
 
 
 def _sampled(leaves: list[Any]) -> list[Any]:
@@ -92,26 +104,15 @@ def _sampled(leaves: list[Any]) -> list[Any]:
     return [leaves[(number * len(leaves)) // count] for number in range(count)]
 
 
-def _middles(tree: Params) -> list[Array]:
-    """The entry in the middle of each of the leaves of which one is kept."""
-
-    def middle(leaf: Array) -> Array:
-        if not leaf.size:
-            return jnp.zeros([], leaf.dtype)
-        start = [size // 2 for size in leaf.shape]
-        return jax.lax.slice(leaf, start, [at + 1 for at in start]).reshape(())
-
-    return [middle(jnp.asarray(leaf)) for leaf in _sampled(jax.tree.leaves(tree))]
-
-
 def check_current(state: ScheduleFreeState, params: Params, name: str) -> None:
     """Require parameters that are the y of a state, where there are numbers to see."""
     (sample,) = jax.tree.leaves(state.y_sample)
     leaves = jax.tree.leaves(params)
     if any(isinstance(leaf, Tracer) for leaf in (sample, *leaves)):
         return
-    found = sample_of(params)
-    (y, size), (expected, expected_size) = np.asarray(found), np.asarray(sample)
+    entries = middles(params)
+    y, size, _ = np.asarray(sample_of(entries, entries))
+    expected, expected_size, _ = np.asarray(sample)
     # A few roundings: a compiled step may leave out one, or add a product in one go.
     eps = [max(float(jnp.finfo(leaf.dtype).eps), 2.0**-23) for leaf in _sampled(leaves)]
     close = np.abs(y - expected) <= 4 * np.asarray(eps) * (size + expected_size)

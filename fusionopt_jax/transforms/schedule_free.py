@@ -25,7 +25,7 @@ from fusionopt_jax._direction import check_direction, check_direction_on
 from fusionopt_jax._leaves import check_leaves, copied, wide_dtype, widened
 from fusionopt_jax._optax import TransformLike, accepting_extra_args, transformation
 from fusionopt_jax._types import Array, Count, Number, Params, Scalar, ScalarOrSchedule
-from fusionopt_jax.iterates import ScheduleFreeState, average_of, sample_of
+from fusionopt_jax.iterates import ScheduleFreeState, average_of, middles, sample_of
 
 InnerParams: TypeAlias = Literal["fast", "gradient", "average"]
 
@@ -181,7 +181,7 @@ def schedule_free(
             b1=interpolation(jnp.zeros([], jnp.int32)),
             weight_sum=jnp.zeros([], jnp.float32),
             max_learning_rate=jnp.zeros([], jnp.float32),
-            y_sample=sample_of(params),
+            y_sample=sample_of(middles(params), middles(z)),
             z=z,
             x=x,
             inner_state=inner_tx.init(params),
@@ -224,15 +224,30 @@ def schedule_free(
             y_next = z_next + beta * (x_next - z_next)
             return (y_next - y.astype(z_next.dtype)).astype(y.dtype)
 
+        def next_sample(
+            state: ScheduleFreeState, params: Params, z_next: Params, x_next: Params
+        ) -> Array:
+            """An entry of each leaf of the parameters that this step leads to."""
+            # Cut out of what is stored anyway: the updates, the average that is
+            # recovered and the last z would have to be stored for it, which are else
+            # used up as they are made.
+            y, z = middles(params), middles(z_next)
+            if state.x is None:
+                last = [entry.astype(z[0].dtype) for entry in state.y_sample[2]]
+                known = state._replace(z=last)
+                x = list(map(average, average_of(known, y), z))
+            else:
+                x = middles(x_next)
+            return sample_of(y, z, list(map(step, y, z, x)))
+
         z_next = jax.tree.map(fast, state.z, direction)
         x_next = jax.tree.map(average, x, z_next)
-        updates = jax.tree.map(step, params, z_next, x_next)
-        return updates, ScheduleFreeState(
+        return jax.tree.map(step, params, z_next, x_next), ScheduleFreeState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             b1=beta,
             weight_sum=weight_sum,
             max_learning_rate=largest,
-            y_sample=sample_of(params, updates),
+            y_sample=next_sample(state, params, z_next, x_next),
             z=z_next,
             x=None if state.x is None else x_next,
             inner_state=inner_state,

@@ -18,6 +18,7 @@ from fusionopt_jax._checks import (
     check_rate_or_schedule,
     is_concrete_number,
 )
+from fusionopt_jax._direction import Direction
 from fusionopt_jax._matrices.buckets import Stack, map_leaves, stack_states
 from fusionopt_jax._optax import checking_leaves, keeping_dtype, transformation
 from fusionopt_jax._types import (
@@ -251,7 +252,12 @@ def fusion_opt_torch(
     if "sf" in chosen:
         # Equal weights: the published average is uniform whatever the rate was.
         optimiser = schedule_free(
-            groups, warmup, b1=beta, weight_lr_power=0.0, keep_average=True
+            # Made of directions alone.
+            Direction(*groups),
+            warmup,
+            b1=beta,
+            weight_lr_power=0.0,
+            keep_average=True,
         )
     else:
         optimiser = keeping_dtype(

@@ -41,22 +41,22 @@ PROMISED = {
 # Keyword names that callers spell out.
 KEYWORDS = {
     "ns5": "routing coefficients steps preconditioner method hot_dtype scale",
-    "normuon": "beta2 eps restore_norm routing",
-    "mona": "alpha beta weighted",
+    "normuon": "b2 eps restore_norm routing beta2",
+    "mona": "alpha b1 weighted beta",
     "kl_shampoo": "inner exponent update_every sides",
     "shampoo": "inner exponent update_every sides damping",
     "kl_shampoo_torch": "lr betas shampoo_beta eps weight_decay precondition_frequency "
     "init_factor normalize_grads using_damping using_clamping",
     "schedule_free": "inner learning_rate b1 b1_max b1_anneal_steps weight_lr_power r "
     "averaging_warmup inner_params state_dtype keep_average",
-    "polyak": "inner rule norm",
+    "polyak": "inner rule norm b1",
     "Routing": "rules min_dim force_scalar layout stacked",
     "MatrixAxes": "reduction_axis output_axis chunks",
     "eval_params": "state params",
     "fast_params": "state params",
     "warm_start": "tx params old_state",
     "accumulate": "tx every",
-    "fusion_opt": "learning_rate routing components",
+    "fusion_opt": "learning_rate routing components settings groups",
     "fusion_opt_torch": "lr beta beta_p gamma_min gamma_max mu mona_alpha beta_n "
     "beta_k eigen_period shampoo_delta beta_r beta1 beta2 eps hot_dtype warmup_steps "
     "components spectral_lr scalar_lr spectral_wd scalar_wd min_spectral_dim "

@@ -152,3 +152,23 @@ REFUSED = [
 def test_settings_are_checked_when_built(build, word):
     with pytest.raises(ValueError, match=word):
         build()
+
+
+@pytest.mark.parametrize(
+    ("build", "old", "new"),
+    [(fo.mona, "beta", "b1"), (fo.normuon, "beta2", "b2")],
+)
+def test_old_names_of_decay_rates_are_still_accepted(build, old, new):
+    gradient = {"w": jnp.arange(6.0).reshape(2, 3)}
+
+    def second_update(tx):
+        _, state = tx.update(gradient, tx.init(gradient))
+        return tx.update(jax.tree.map(jnp.square, gradient), state)[0]
+
+    with pytest.warns(DeprecationWarning, match=f"`{old}` is now called `{new}`"):
+        renamed = build(**{old: 0.5})
+    np.testing.assert_array_equal(
+        second_update(renamed)["w"], second_update(build(**{new: 0.5}))["w"]
+    )
+    with pytest.raises(ValueError, match=f"`{old}` is the old name of `{new}`"):
+        build(**{old: 0.5, new: 0.6})

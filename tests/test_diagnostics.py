@@ -110,6 +110,15 @@ def test_gain_of_a_stage(rng):
     np.testing.assert_allclose(numbers["tripling/gain"], 3.0, rtol=1e-6)
 
 
+def test_sizes_of_huge_updates_are_in_range():
+    tx = fo.measure_gain("stage", optax.scale(0.5))
+    huge = {"w": jnp.full(4, 1e30)}
+    _, state = tx.update(huge, tx.init(huge))
+    numbers = fo.diagnostics(state)
+    np.testing.assert_allclose(numbers["stage/input_rms"], 1e30, rtol=1e-6)
+    np.testing.assert_allclose(numbers["stage/gain"], 0.5, rtol=1e-6)
+
+
 def test_gain_of_nothing_is_zero():
     tx = fo.measure_gain("stage", optax.identity())
     zeros = {"w": jnp.zeros(3)}

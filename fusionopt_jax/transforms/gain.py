@@ -1,13 +1,14 @@
 """Measures by how much a stage of a chain grows or shrinks the updates."""
 
+import math
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 
-from fusionopt_jax._leaves import check_leaves, widened
+from fusionopt_jax._leaves import check_leaves
 from fusionopt_jax._optax import TransformLike, accepting_extra_args, transformation
+from fusionopt_jax._trees import entries, l2_norm
 from fusionopt_jax._types import Params, Scalar
 
 
@@ -88,6 +89,4 @@ def measure_gain(
 
 def _rms(tree: Any) -> Scalar:
     """The root mean square of all entries of a tree, in fp32; 0 of an empty one."""
-    leaves = [jnp.abs(widened(leaf)) for leaf in jax.tree.leaves(tree)]
-    total = sum((jnp.sum(x * x) for x in leaves), start=jnp.zeros([], jnp.float32))
-    return jnp.sqrt(total / max(sum(x.size for x in leaves), 1))
+    return l2_norm(tree) / math.sqrt(max(entries(tree), 1))

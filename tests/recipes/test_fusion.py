@@ -386,6 +386,23 @@ def test_hyperball_takes_the_step_of_the_matrices():
     _compare.assert_trees_within(path_of(tx)[0], path_of(expected)[0], ROUNDING)
 
 
+def test_both_forms_of_shampoo_stand_around_the_momentum():
+    momentum = optax.trace(0.8, accumulator_dtype=jnp.float32)
+    for name, whitening in (("shampoo", fo.kl_shampoo), ("plain_shampoo", fo.shampoo)):
+        tx = stabilised(components={name, "normuon"}, settings={name: {"b2": 0.9}})
+        averaged = optax.chain(momentum, optax.scale(1 - 0.8))
+        spectral = optax.chain(
+            whitening(averaged, b2=0.9, routing=ROUTING),
+            fo.normuon(routing=ROUTING),
+            optax.add_decayed_weights(0.5),
+        )
+        expected = optax.chain(of_groups(spectral), optax.scale_by_learning_rate(0.1))
+        # Inverse roots of singular factors enlarge the roundings of two programs.
+        _compare.assert_trees_within(
+            path_of(tx)[0], path_of(expected)[0], 10 * ROUNDING
+        )
+
+
 def test_autoscale_is_around_everything():
     tx = stabilised(
         components={"ns5", "autoscale"}, settings={"autoscale": {"first": 1e-2}}
@@ -399,6 +416,7 @@ def test_autoscale_is_around_everything():
 @pytest.mark.parametrize(
     ("arguments", "remedy"),
     [
+        ({"components": {"shampoo", "plain_shampoo"}}, "don't go together"),
         ({"components": {"hyperball", "autoscale"}}, "don't go together"),
         (
             {"components": {"autoscale", "sf"}, "polyak_rule": "ratio"},

@@ -94,7 +94,8 @@ def run(composition, place):
 
     for i in range(STEPS):
         drawn = jax.tree.map(lambda stack, i=i: place(stack[i]), noise)
-        params, state = step(params, state, drawn)
+        # Programs of several forced host devices share few threads: one at a time.
+        params, state = jax.block_until_ready(step(params, state, drawn))
     return jax.tree.map(np.asarray, (params, fo.eval_params(state, params)))
 
 

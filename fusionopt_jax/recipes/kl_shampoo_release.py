@@ -152,7 +152,9 @@ def kl_shampoo_torch(
             for v in views
         ]
         trees = kronecker.state_trees(params, views, pairs, Side, hole)
-        return KLShampooTorchState(jnp.zeros([], jnp.int32), wide_zeros(params), *trees)
+        return KLShampooTorchState._make(
+            [jnp.zeros([], jnp.int32), wide_zeros(params), *trees]
+        )
 
     def update_fn(
         updates: Any, state: KLShampooTorchState, params: Any = None, **extra_args: Any
@@ -188,7 +190,7 @@ def kl_shampoo_torch(
             M, G = stacks[0], stacks[1].astype(jnp.float32)
             U = precondition(M, *pair, -0.5, epsilon, _HIGHEST)
 
-            def side(old: Side, new: Side) -> Side:
+            def side(old: Side, new: Any) -> Side:
                 d = old.Q.shape[1]
                 S, values = unpack_symmetric(new.S, d), new.values
                 if using_clamping:
@@ -204,11 +206,12 @@ def kl_shampoo_torch(
                 return Side(new.S, Q, jnp.where(first, old.values, values))
 
             # Bare products at first: as if the other factor were the identity.
-            bare = [
+            rows, columns = (
                 one._replace(values=jnp.where(first, 1, one.values)) for one in pair
-            ]
+            )
             damping = epsilon if using_damping else 0.0
-            a, c = map(side, pair, learn(G, *bare, b, damping, _HIGHEST))
+            new = learn(G, rows, columns, b, damping, _HIGHEST)
+            a, c = side(pair[0], new[0]), side(pair[1], new[1])
             return jnp.where(first, 0, U), (a, c)
 
         b2 = betas[1] if shampoo_beta is None else shampoo_beta
@@ -240,7 +243,7 @@ def kl_shampoo_torch(
         trees = kronecker.state_trees(updates, views, pairs, Side, hole)
         return (
             jax.tree.map(change, jax.tree.unflatten(treedef, results), params),
-            KLShampooTorchState(count, average, *trees),
+            KLShampooTorchState._make([count, average, *trees]),
         )
 
     return transformation(init_fn, update_fn)

@@ -104,6 +104,8 @@ def precondition(
     if a is None or c is None:
         # One side: the smaller product first, (Q diag(s) Qᵀ) M.
         side = c if a is None else a
+        if side is None:
+            return M
         s = power(side.values, p)[:, None, :]
         root = product(side.Q * (s / (1 + eps * s)), side.Q.mT, precision)
         return product(*((M, root) if a is None else (root, M)), precision)
@@ -263,7 +265,9 @@ def kl_shampoo(
             for v in views
         ]
         trees = kronecker.state_trees(params, views, pairs, Side, hole)
-        return KLShampooState(jnp.zeros([], jnp.int32), *trees, momentum.init(params))
+        return KLShampooState._make(
+            [jnp.zeros([], jnp.int32), *trees, momentum.init(params)]
+        )
 
     def step(
         stacks: tuple[Array, Array],
@@ -316,7 +320,7 @@ def kl_shampoo(
         trees = kronecker.state_trees(updates, views, pairs, Side, hole)
         return (
             jax.tree.unflatten(treedef, results),
-            KLShampooState(count, *trees, inner_state),
+            KLShampooState._make([count, *trees, inner_state]),
         )
 
     return transformation(init_fn, update_fn)

@@ -178,7 +178,9 @@ def shampoo(
             for v in views
         ]
         trees = kronecker.state_trees(params, views, pairs, Side, hole)
-        return ShampooState(jnp.zeros([], jnp.int32), *trees, momentum.init(params))
+        return ShampooState._make(
+            [jnp.zeros([], jnp.int32), *trees, momentum.init(params)]
+        )
 
     def update_fn(
         updates: Any, state: ShampooState, params: Any = None, **extra_args: Any
@@ -249,7 +251,7 @@ def shampoo(
         trees = kronecker.state_trees(updates, views, pairs, Side, hole)
         return (
             jax.tree.unflatten(treedef, results),
-            ShampooState(count, *trees, inner_state),
+            ShampooState._make([count, *trees, inner_state]),
         )
 
     return transformation(init_fn, update_fn)

@@ -150,6 +150,15 @@ OPTIMIZERS = {
         components={"ns5", "normuon", "sf", "mona", "shampoo"},
         weight_decay=0.0,
     ),
+    "kl_shampoo_torch": lambda: optax.multi_transform(
+        {
+            "spectral": fo.kl_shampoo_torch(
+                falling(0.02), betas=(0.5, 0.98), weight_decay=0.0, routing=ROUTING
+            ),
+            "scalar": descending(adam(), 0.1),
+        },
+        ROUTING.labels,
+    ),
     "fusion_opt_torch": lambda: fo.fusion_opt_torch(
         # Closer to the fast iterate than by default, as the average lags in a valley.
         0.05,
@@ -368,6 +377,7 @@ WITH_A_RATE = {
     "fusion_opt_muon": lambda rate: fo.fusion_opt(
         rate, routing=_cases.ROUTING, components={"ns5"}, polyak_rule=None
     ),
+    "kl_shampoo_torch": lambda rate: fo.kl_shampoo_torch(rate, routing=_cases.ROUTING),
     "fusion_opt_torch": lambda rate: fo.fusion_opt_torch(
         rate, scalar_lr=rate, routing=_cases.ROUTING
     ),

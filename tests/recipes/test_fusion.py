@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import fusionopt_jax as fo
+from fusionopt_jax.recipes import components
 from tests import _cases, _compare, _compile
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -191,6 +192,24 @@ def test_every_set_holds_what_was_asked_for_and_no_more(components):
     assert jax.tree.map(lambda u: u.shape, updates) == jax.tree.map(
         lambda p: p.shape, params
     )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", components.COMPONENTS)
+def test_every_component_keeps_the_types_of_the_state(name, dtype):
+    tx = recipe(
+        components={"ns5", name},
+        polyak_rule=None,
+        weight_decay=0.0 if name == "hyperball" else 0.05,
+    )
+    params = optax.tree.cast(problem()[0], dtype)
+    state = jax.eval_shape(tx.init, params)
+    updates, after = jax.eval_shape(tx.update, params, state, params)
+    described = lambda tree: jax.tree.map(  # noqa: E731
+        lambda leaf: (leaf.shape, leaf.dtype), tree
+    )
+    assert described(after) == described(state)
+    assert described(updates) == described(params)
 
 
 def test_a_component_that_does_not_exist_is_named():

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import fusionopt_jax as fo
-from fusionopt_jax import _embeddings
+from fusionopt_jax.routing import embeddings
 from tests import _cases
 
 
@@ -307,7 +307,7 @@ def test_embeddings_are_scalar(path):
 
 
 def test_every_name_of_an_embedding_is_tested_as_one():
-    for name in (*_embeddings.TABLES, *_embeddings.HEADS):
+    for name in (*embeddings.TABLES, *embeddings.HEADS):
         for path in (name, f"layer/{name}/weight", f"layer/my_{name}"):
             assert label_of(fo.Routing(), shapes({path: (256, 256)})) == {
                 path: "scalar"

@@ -19,38 +19,26 @@ from typing import Any, Literal, TypeAlias
 
 import jax
 
-from fusionopt_jax import _routes
 from fusionopt_jax._checks import (
     check_choice,
     check_integer,
     shape_text,
 )
-from fusionopt_jax._embeddings import is_embedding_like
 from fusionopt_jax._leaves import check_arrays, check_leaves
 from fusionopt_jax._matrices.view import MatrixView
 from fusionopt_jax._paths import path_name
-from fusionopt_jax._routes import Route
-from fusionopt_jax._rules import (
+from fusionopt_jax._types import KeyPath, Leaf, Params
+from fusionopt_jax.routing import routes
+from fusionopt_jax.routing.embeddings import is_embedding_like
+from fusionopt_jax.routing.routes import Route
+from fusionopt_jax.routing.rules import (
     SCALAR,
     SPECTRAL,
     Axes,
     MatrixAxes,
     Rule,
-    attention_rules,
     check_pattern,
 )
-from fusionopt_jax._types import KeyPath, Leaf, Params
-
-__all__ = [
-    "SCALAR",
-    "SPECTRAL",
-    "MatrixAxes",
-    "Route",
-    "Routing",
-    "Rule",
-    "attention_rules",
-    "matrix_views",
-]
 
 Layout: TypeAlias = Literal["in_out", "out_in"]
 
@@ -161,7 +149,7 @@ class Routing:
 
         Factors on the learning rate have a column where there are any.
         """
-        return _routes.table(self.routes(params))
+        return routes.table(self.routes(params))
 
     def fingerprint(self, params: Params) -> str:
         """The split as one string, to keep in a checkpoint and `check` on restoring.
@@ -169,7 +157,7 @@ class Routing:
         It holds the group of every leaf, its matrices, and the axes and chunks that
         make them; factors on the learning rate are no part of the split.
         """
-        return _routes.fingerprint(self.routes(params))
+        return routes.fingerprint(self.routes(params))
 
     def check(self, params: Params, fingerprint: str) -> None:
         """Require that a saved fingerprint describes this routing of these parameters.
@@ -183,7 +171,7 @@ class Routing:
                 axes, came or went (it lists them), or if it is no fingerprint of this
                 version.
         """
-        _routes.check(self.routes(params), fingerprint)
+        routes.check(self.routes(params), fingerprint)
 
     def route(self, path: KeyPath, leaf: Leaf) -> Route:
         """What the routing says of one leaf."""

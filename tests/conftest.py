@@ -27,8 +27,3 @@ def rng() -> np.random.Generator:
 def key() -> jax.Array:
     """A JAX key that is the same in every test."""
     return jax.random.key(20240515)
-
-
-@pytest.fixture(scope="module")
-def quick_compilation() -> None:
-    """Every module compiles fast; what still asks for it may cease to."""

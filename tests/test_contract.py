@@ -15,8 +15,6 @@ from flax import nnx
 import fusionopt_jax as fo
 from tests import _cases, _compare
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # One product of 24 terms and a few steps in float32, compiled differently.
 ROUNDING = 2e-5
 

@@ -13,8 +13,6 @@ from jax.sharding import PartitionSpec as P
 import fusionopt_jax as fo
 from tests import _compare
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 STEPS = 20
 ROUTING = fo.Routing(stacked=("layers", "odd"), min_dim=8)
 # Stacks that eight devices share evenly and unevenly, single matrices, a vector.

@@ -9,8 +9,6 @@ import pytest
 import fusionopt_jax as fo
 from tests import _compare
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SHAPES = {"kernel": (8, 12), "bias": (12,)}
 
 

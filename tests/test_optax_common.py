@@ -20,8 +20,6 @@ from fusionopt_jax import iterates
 from fusionopt_jax._types import ScalarOrSchedule
 from tests import _cases, _compare
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 every_case = pytest.mark.parametrize("case", _cases.ALL, ids=str)
 
 STEPS = 2000

@@ -17,8 +17,6 @@ import fusionopt_jax as fo
 from tests import _compare
 from tests.references import mona, newton_schulz
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 few = hypothesis.settings(
     max_examples=5, deadline=None, derandomize=True, database=None
 )

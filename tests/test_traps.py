@@ -11,8 +11,6 @@ from jax.sharding import PartitionSpec as P
 import fusionopt_jax as fo
 from tests import _cases, _compare
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_injected_hyperparameters_do_not_swallow_the_routing():
     # A callable would be taken for a schedule and called with the step count.

@@ -9,8 +9,6 @@ from fusionopt_jax._matrices import buckets, newton_schulz
 from fusionopt_jax._matrices.view import MatrixView
 from tests import _compare
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 VIEWS = [
     MatrixView((6, 9), (0,), (1,), chunks=3),
     MatrixView((2, 6, 3), (1,), (2,)),

@@ -13,8 +13,6 @@ from tests import _compare
 from tests.references import kl_shampoo as reference
 from tests.references import shampoo
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 HIGHEST = jax.lax.Precision.HIGHEST
 
 

@@ -11,8 +11,6 @@ import pytest
 from fusionopt_jax._matrices import newton_schulz
 from tests import _compare
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SHAPES = [(8, 8), (8, 12), (8, 40), (1, 8)]
 
 

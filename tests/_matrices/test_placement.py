@@ -16,8 +16,6 @@ from jax.sharding import PartitionSpec as P
 import fusionopt_jax as fo
 from tests import _compare
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 COLLECTIVE = re.compile(
     r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)"
     r"(?:-start)?\("

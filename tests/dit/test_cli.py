@@ -13,8 +13,6 @@ from fusionopt_jax import dit
 from fusionopt_jax.dit import __main__ as command
 from fusionopt_jax.dit import pictures
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = dit.DiTConfig(
     input_size=4, hidden_size=32, depth=1, num_heads=2, num_classes=10
 )

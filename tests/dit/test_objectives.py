@@ -13,8 +13,6 @@ from fusionopt_jax.dit import objectives
 from tests._compare import assert_within
 from tests.references import samplers as reference
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = dit.DiTConfig(
     input_size=4,
     hidden_size=32,

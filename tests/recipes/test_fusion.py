@@ -12,8 +12,6 @@ import fusionopt_jax as fo
 from fusionopt_jax.recipes import components
 from tests import _cases, _compare, _compile
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ROUTING = fo.Routing(min_dim=4)
 # Sixteen entries below one, five steps deep, twice compiled.
 ROUNDING = 1e-6

@@ -9,8 +9,6 @@ import pytest
 import fusionopt_jax as fo
 from tests import _compare, _golden
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def replay(golden):
     """The recorded run through the public API; parameters after each step, last state.

@@ -16,8 +16,6 @@ import pytest
 import fusionopt_jax as fo
 from tests import _compare, _golden, _replay
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 MATRICES = ("W_square", "W_tall", "W_wide")
 
 

@@ -9,8 +9,6 @@ import pytest
 from fusionopt_jax import Routing, fusion_opt_torch
 from tests import _compare, _golden, _replay
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def transposed(arrays, rank):
     """The arrays of one rank with their last two axes exchanged."""

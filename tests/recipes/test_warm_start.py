@@ -11,8 +11,6 @@ import pytest
 import fusionopt_jax as fo
 from tests import _compare
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SHAPES = {"kernel": (8, 12), "qkv": (8, 24), "bias": (12,)}
 ROUTING = fo.Routing([fo.Rule("qkv", chunks=3)], min_dim=8)
 SF_NORMUON = ("ns5", "normuon", "sf")

@@ -10,8 +10,6 @@ import fusionopt_jax as fo
 from tests import _compare
 from tests.references import autoscale
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 START = np.array([0.5, -0.25, 0.125, 0.4])
 CURVATURE = np.array([1.0, 10.0, 0.1, 3.0])
 

@@ -17,7 +17,6 @@ from tests.references import kl_shampoo as reference
 from tests.references import shampoo
 
 STEPS = 7
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 # Coupled factors amplify the rounding of float32 (6e-8) by the conditions of both; the
 # directions compared here have entries near 1. Measured up to 4e-6.

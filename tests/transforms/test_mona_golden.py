@@ -9,8 +9,6 @@ import fusionopt_jax as fo
 from tests import _compare, _golden, _replay
 from tests.references import mona
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def accelerated(tx, grads):
     """What a transformation makes of a history of gradients, at every step."""

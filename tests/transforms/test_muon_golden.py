@@ -7,8 +7,6 @@ import pytest
 import fusionopt_jax as fo
 from tests import _compare, _golden, _replay
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ROUTING = fo.Routing(
     [
         fo.Rule("W_stack", axes=fo.MatrixAxes(reduction_axis=-1, output_axis=-2)),

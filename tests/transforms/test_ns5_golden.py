@@ -11,8 +11,6 @@ import fusionopt_jax as fo
 from tests import _compare, _golden
 from tests.references import newton_schulz
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 PARTS, FLOOR = _golden.newton_schulz()
 
 # PyTorch shapes: output neurons first. Nothing of ns5 without `scale` depends on it,

@@ -10,8 +10,6 @@ import pytest
 
 import fusionopt_jax as fo
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 RULES = ("ratio", "schedule_free_plus")
 # Norm 5 and sum of absolute entries 7.
 GRADIENT = {"a": jnp.array([3.0]), "b": jnp.array([[0.0, -4.0]])}

@@ -10,8 +10,6 @@ import fusionopt_jax as fo
 from tests import _compare, _golden, _replay
 from tests.references import polyak
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.mark.parametrize(
     "case", ["fusion_ns5-normuon-sf", "fusion_ns5-normuon-sf_extremeloss"]

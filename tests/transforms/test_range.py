@@ -9,8 +9,6 @@ import pytest
 import fusionopt_jax as fo
 from tests import _compare
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 COMPONENTS = {
     "ns5": fo.ns5,
     "ns5_aol": lambda: fo.ns5(preconditioner="aol", steps=4, scale="rms"),

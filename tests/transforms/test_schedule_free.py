@@ -9,8 +9,6 @@ import pytest
 import fusionopt_jax as fo
 from tests import _compare
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 PARAMS = {"kernel": jnp.ones((8, 12)), "bias": jnp.ones(12)}
 LABELS = {"kernel": "spectral", "bias": "scalar"}
 RULED = fo.Routing([fo.Rule("^kernel$", label="spectral")], min_dim=8)

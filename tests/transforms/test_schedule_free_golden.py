@@ -11,8 +11,6 @@ import pytest
 import fusionopt_jax as fo
 from tests import _compare, _golden, _replay
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def warmed_up(hyper):
     """The published learning rate: linear over the first steps, then constant."""

@@ -10,8 +10,6 @@ import fusionopt_jax as fo
 from tests import _compare
 from tests.references import shampoo
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def directions(tx, history):
     """What a transformation returns for each of a history of gradients."""

@@ -10,8 +10,6 @@ import fusionopt_jax as fo
 from fusionopt_jax.recipes import torch_release
 from tests import _compare
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SIZES = {"q": 9, "k": 6, "v": 6}
 
 COMPONENTS = {

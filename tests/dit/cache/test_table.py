@@ -10,8 +10,6 @@ import pytest
 
 from fusionopt_jax import dit
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 EXAMPLE = pathlib.Path(__file__).parents[3] / "examples" / "adaln_block.py"
 WEIGHTS = {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones(3)}
 

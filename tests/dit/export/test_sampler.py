@@ -13,8 +13,6 @@ import pytest
 from fusionopt_jax import dit
 from tests._compare import assert_within
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = dit.DiTConfig(
     input_size=4, hidden_size=32, depth=2, num_heads=2, num_classes=10
 )

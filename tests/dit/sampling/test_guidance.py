@@ -10,8 +10,6 @@ from fusionopt_jax.dit.sampling.guidance import Guidance, guide, paired
 from tests._compare import assert_within
 from tests.dit._models import random_batch, random_params
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = dit.DiTConfig(
     input_size=4,
     in_channels=4,

@@ -15,8 +15,6 @@ from fusionopt_jax.dit.sampling.sampler import At, Prediction
 from tests._compare import assert_within
 from tests.references import samplers as reference
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _ARCHIVE = pathlib.Path(__file__).parents[2] / "data" / "sampler_toy.npz"
 RECORDED = dict(np.load(_ARCHIVE))
 

@@ -18,8 +18,6 @@ from fusionopt_jax.dit.sampling import METHODS
 from fusionopt_jax.dit.sampling.ddpm import DDPM, Variance
 from tests._compare import assert_within
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = dit.DiTConfig(
     input_size=4, hidden_size=32, depth=2, num_heads=2, num_classes=10
 )

@@ -12,8 +12,6 @@ import pytest
 from fusionopt_jax.dit import Sampler, run_sampler, sampling
 from fusionopt_jax.dit.sampling.sampler import Step
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_every_sampler_of_the_package_is_listed():
     classes = {

@@ -111,6 +111,7 @@ def renewed(
         return jax.lax.cond(due[0], renew, lambda old, *_: old, old, *read)
     # Those that are due first, taken a fair share at a time.
     size = -(-length // every) if isinstance(every, int) else 1
+    number = jnp.sum(due)
     order = jnp.argsort(~due, stable=True)
     order = jnp.pad(order, (0, -length % size), constant_values=length)
 
@@ -118,13 +119,12 @@ def renewed(
         chosen = jax.lax.dynamic_slice_in_dim(order, i * size, size)
         at = lambda stack: stack.at[chosen].get(mode="clip")  # noqa: E731
         new = renew(*jax.tree.map(at, (now, *read)))
-        chosen = jnp.where(due.at[chosen].get(mode="clip"), chosen, length)
+        chosen = jnp.where(i * size + jnp.arange(size) < number, chosen, length)
         return jax.tree.map(
             lambda stack, part: stack.at[chosen].set(part, mode="drop"), now, new
         )
 
-    rounds = (jnp.sum(due) + size - 1) // size
-    return jax.lax.fori_loop(0, rounds, some, old)
+    return jax.lax.fori_loop(0, (number + size - 1) // size, some, old)
 
 
 def state_trees(

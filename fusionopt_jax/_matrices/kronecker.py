@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from fusionopt_jax._matrices.buckets import Bucketing, map_stateful
 from fusionopt_jax._matrices.newton_schulz import frobenius_norm
 from fusionopt_jax._matrices.view import MatrixView, StackShape
 from fusionopt_jax._paths import named_leaves
@@ -39,11 +40,6 @@ def first_pair(
         start(stack.count, m) if both or m <= n else None,
         start(stack.count, n) if both or n < m else None,
     )
-
-
-def swapped(pair: Pair) -> Pair:
-    """The pair of the transposed stack."""
-    return pair[1], pair[0]
 
 
 def side_count(pair: Pair) -> int:
@@ -125,6 +121,75 @@ def renewed(
         )
 
     return jax.lax.fori_loop(0, (number + size - 1) // size, some, old)
+
+
+def first_trees(
+    params: Any,
+    views: Sequence[MatrixView],
+    sides: Sides,
+    start: Callable[[int, int], Any],
+    kind: Any,
+    hole: Any,
+) -> list[Any]:
+    """The state of every leaf before any gradient; see `state_trees` and `first_pair`.
+
+    Args:
+        params: The parameters.
+        views: How each leaf is one or more stacks.
+        sides: Which sides have statistics.
+        start: From the number of matrices and the length of a side to its statistics.
+        kind: The NamedTuple that a side is.
+        hole: What stands in the trees for a side without statistics; it has no leaves.
+    """
+    pairs = [
+        tuple(first_pair(stack, sides, start) for stack in view.stacks)
+        for view in views
+    ]
+    return state_trees(params, views, pairs, kind, hole)
+
+
+def map_pairs(
+    function: Callable[..., tuple[Array, Pair]],
+    directions: Any,
+    gradients: Any,
+    views: Sequence[MatrixView],
+    trees: Sequence[Any],
+    kind: Any,
+    hole: Any,
+    *,
+    scalars: Sequence[Array],
+    bucketing: Bucketing,
+) -> tuple[Any, list[Any]]:
+    """`function` of every leaf's stacks and pairs, and the trees of its pairs after it.
+
+    Args:
+        function: From `(M, G)`, a pair, the matrices' numbers and the scalars to what
+            becomes of M, in M's dtype, and the pair after it.
+        directions: A tree of what is preconditioned.
+        gradients: A tree of what is learnt from.
+        views: How each leaf is one or more stacks.
+        trees: The state, as `state_trees` and this function return it.
+        kind: The NamedTuple that a side is.
+        hole: As for `first_trees`.
+        scalars: Arrays that every call is handed.
+        bucketing: See `map_stateful`.
+    """
+    leaves, treedef = jax.tree.flatten(gradients)
+    results, pairs = map_stateful(
+        function,
+        [treedef.flatten_up_to(directions), leaves],
+        views,
+        states=state_pairs(gradients, views, trees, kind),
+        scalars=scalars,
+        keys=matrix_keys(gradients),
+        turn_state=lambda pair: (pair[1], pair[0]),
+        bucketing=bucketing,
+        devices="repeat",
+    )
+    return (
+        jax.tree.unflatten(treedef, results),
+        state_trees(gradients, views, pairs, kind, hole),
+    )
 
 
 def state_trees(

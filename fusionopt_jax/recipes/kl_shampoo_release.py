@@ -16,7 +16,6 @@ from fusionopt_jax._checks import (
 )
 from fusionopt_jax._leaves import wide_zeros
 from fusionopt_jax._matrices import kronecker
-from fusionopt_jax._matrices.buckets import map_stateful
 from fusionopt_jax._matrices.eigenbasis import (
     eigh,
     ordered,
@@ -147,11 +146,7 @@ def kl_shampoo_torch(
 
     def init_fn(params: Any) -> KLShampooTorchState:
         views = matrix_views(params, routing, "kl_shampoo_torch")
-        pairs = [
-            tuple(kronecker.first_pair(stack, "both", first_side) for stack in v.stacks)
-            for v in views
-        ]
-        trees = kronecker.state_trees(params, views, pairs, Side, hole)
+        trees = kronecker.first_trees(params, views, "both", first_side, Side, hole)
         return KLShampooTorchState._make(
             [jnp.zeros([], jnp.int32), wide_zeros(params), *trees]
         )
@@ -166,8 +161,7 @@ def kl_shampoo_torch(
                 "`update(grads, state, params)`."
             )
         views = matrix_views(updates, routing, "kl_shampoo_torch")
-        leaves, treedef = jax.tree.flatten(updates)
-        alone = device_count(*leaves) == 1
+        alone = device_count(*jax.tree.leaves(updates)) == 1
         first = state.count == 0
         b1 = jnp.asarray(betas[0], jnp.float32)
         average = jax.tree.map(
@@ -215,19 +209,20 @@ def kl_shampoo_torch(
             return jnp.where(first, 0, U), (a, c)
 
         b2 = betas[1] if shampoo_beta is None else shampoo_beta
-        results, pairs = map_stateful(
+        moved, trees = kronecker.map_pairs(
             step,
-            [jax.tree.leaves(average), leaves],
+            average,
+            updates,
             views,
-            states=kronecker.state_pairs(updates, views, state[2:], Side),
+            state[2:],
+            Side,
+            hole,
             scalars=[
                 first,
                 state.count % jnp.asarray(precondition_frequency, jnp.int32) == 0,
                 *(jnp.asarray(x, jnp.float32) for x in (b2, eps)),
             ],
-            turn_state=kronecker.swapped,
             bucketing="leaf",
-            devices="repeat",
         )
         rate = jnp.asarray(lr(state.count) if callable(lr) else lr, jnp.float32)
         decay = jnp.where(first, 0, rate * jnp.asarray(weight_decay, jnp.float32))
@@ -240,9 +235,8 @@ def kl_shampoo_torch(
             return (-rate * (1 - decay) * u - decay * wide).astype(p.dtype)
 
         count = jnp.asarray(optax.safe_increment(state.count))
-        trees = kronecker.state_trees(updates, views, pairs, Side, hole)
         return (
-            jax.tree.map(change, jax.tree.unflatten(treedef, results), params),
+            jax.tree.map(change, moved, params),
             KLShampooTorchState._make([count, average, *trees]),
         )
 

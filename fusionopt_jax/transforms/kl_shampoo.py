@@ -28,7 +28,7 @@ from fusionopt_jax._checks import (
     check_number,
 )
 from fusionopt_jax._matrices import kronecker
-from fusionopt_jax._matrices.buckets import BUCKETINGS, Bucketing, map_stateful
+from fusionopt_jax._matrices.buckets import BUCKETINGS, Bucketing
 from fusionopt_jax._matrices.eigenbasis import (
     gram,
     inverse,
@@ -260,11 +260,7 @@ def kl_shampoo(
 
     def init_fn(params: Any) -> KLShampooState:
         views = matrix_views(params, routing, "kl_shampoo")
-        pairs = [
-            tuple(kronecker.first_pair(stack, sides, first_side) for stack in v.stacks)
-            for v in views
-        ]
-        trees = kronecker.state_trees(params, views, pairs, Side, hole)
+        trees = kronecker.first_trees(params, views, sides, first_side, Side, hole)
         return KLShampooState._make(
             [jnp.zeros([], jnp.int32), *trees, momentum.init(params)]
         )
@@ -300,28 +296,21 @@ def kl_shampoo(
         directions, inner_state = momentum.update(
             updates, state.inner_state, params, **extra_args
         )
-        leaves, treedef = jax.tree.flatten(updates)
         numbers = [jnp.asarray(x, jnp.float32) for x in (b2, exponent, eps, damping)]
-        results, pairs = map_stateful(
+        results, trees = kronecker.map_pairs(
             step,
-            [treedef.flatten_up_to(directions), leaves],
+            directions,
+            updates,
             views,
-            states=kronecker.state_pairs(updates, views, state[1:-1], Side),
+            state[1:-1],
+            Side,
+            hole,
             scalars=[state.count, *numbers, jnp.asarray(update_every, jnp.int32)],
-            keys=kronecker.matrix_keys(updates),
-            turn_state=kronecker.swapped,
             bucketing=bucketing,
-            devices="repeat",
         )
-        results = [
-            r.astype(leaf.dtype) for r, leaf in zip(results, leaves, strict=True)
-        ]
+        results = jax.tree.map(lambda r, g: r.astype(g.dtype), results, updates)
         count = jnp.asarray(optax.safe_increment(state.count))
-        trees = kronecker.state_trees(updates, views, pairs, Side, hole)
-        return (
-            jax.tree.unflatten(treedef, results),
-            KLShampooState._make([count, *trees, inner_state]),
-        )
+        return results, KLShampooState._make([count, *trees, inner_state])
 
     return transformation(init_fn, update_fn)
 

@@ -23,7 +23,7 @@ from fusionopt_jax._checks import (
     check_number,
 )
 from fusionopt_jax._matrices import kronecker
-from fusionopt_jax._matrices.buckets import BUCKETINGS, Bucketing, map_stateful
+from fusionopt_jax._matrices.buckets import BUCKETINGS, Bucketing
 from fusionopt_jax._matrices.eigenbasis import (
     gram,
     pack_symmetric,
@@ -173,11 +173,7 @@ def shampoo(
 
     def init_fn(params: Any) -> ShampooState:
         views = matrix_views(params, routing, "shampoo")
-        pairs = [
-            tuple(kronecker.first_pair(stack, sides, first_side) for stack in v.stacks)
-            for v in views
-        ]
-        trees = kronecker.state_trees(params, views, pairs, Side, hole)
+        trees = kronecker.first_trees(params, views, sides, first_side, Side, hole)
         return ShampooState._make(
             [jnp.zeros([], jnp.int32), *trees, momentum.init(params)]
         )
@@ -189,8 +185,7 @@ def shampoo(
         directions, inner_state = momentum.update(
             updates, state.inner_state, params, **extra_args
         )
-        leaves, treedef = jax.tree.flatten(updates)
-        alone = device_count(*leaves) == 1
+        alone = device_count(*jax.tree.leaves(updates)) == 1
 
         def step(
             stacks: tuple[Array, Array],
@@ -233,25 +228,19 @@ def shampoo(
 
         given = 0.0 if exponent is None else exponent
         numbers = [jnp.asarray(x, jnp.float32) for x in (b2, given, damping)]
-        results, pairs = map_stateful(
+        results, trees = kronecker.map_pairs(
             step,
-            [treedef.flatten_up_to(directions), leaves],
+            directions,
+            updates,
             views,
-            states=kronecker.state_pairs(updates, views, state[1:-1], Side),
+            state[1:-1],
+            Side,
+            hole,
             scalars=[state.count, *numbers, jnp.asarray(update_every, jnp.int32)],
-            keys=kronecker.matrix_keys(updates),
-            turn_state=kronecker.swapped,
             bucketing=bucketing,
-            devices="repeat",
         )
-        results = [
-            r.astype(leaf.dtype) for r, leaf in zip(results, leaves, strict=True)
-        ]
+        results = jax.tree.map(lambda r, g: r.astype(g.dtype), results, updates)
         count = jnp.asarray(optax.safe_increment(state.count))
-        trees = kronecker.state_trees(updates, views, pairs, Side, hole)
-        return (
-            jax.tree.unflatten(treedef, results),
-            ShampooState._make([count, *trees, inner_state]),
-        )
+        return results, ShampooState._make([count, *trees, inner_state])
 
     return transformation(init_fn, update_fn)

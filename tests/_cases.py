@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import fusionopt_jax as fo
 
@@ -35,6 +36,8 @@ class Case:
         matrices: Whether every leaf has to be a matrix or a stack of them.
         complex_too: Whether complex leaves are served; elsewhere they are refused.
         starts_still: Whether the first gradient only starts statistics.
+        exhaustive: Whether the sweeps over all cases leave it to the exhaustive run: it
+            takes long to compile, and what it is made of is in every run.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Case:
     matrices: bool = False
     complex_too: bool = False
     starts_still: bool = False
+    exhaustive: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -206,6 +210,7 @@ ALL = (
         ),
         value=True,
         params=True,
+        exhaustive=True,
     ),
     _optimizer(
         "kl_shampoo_torch",
@@ -213,6 +218,7 @@ ALL = (
         params=True,
         starts_still=True,
         matrices=True,
+        exhaustive=True,
     ),
     _optimizer(
         "fusion_opt_torch",
@@ -220,6 +226,16 @@ ALL = (
         params=True,
     ),
 )
+
+every_case = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[pytest.mark.exhaustive] if case.exhaustive else [])
+        for case in ALL
+    ],
+    ids=str,
+)
+"""Parametrises a test by all cases."""
 
 
 def factories() -> dict[str, Callable[..., Any]]:

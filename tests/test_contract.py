@@ -18,7 +18,6 @@ from tests import _cases, _compare
 # One product of 24 terms and a few steps in float32, compiled differently.
 ROUNDING = 2e-5
 
-every_case = pytest.mark.parametrize("case", _cases.ALL, ids=str)
 optimizers = pytest.mark.parametrize(
     "case", [case for case in _cases.ALL if case.kind == "optimizer"], ids=str
 )
@@ -90,13 +89,13 @@ def test_every_public_transformation_is_a_case(monkeypatch):
     assert not forgotten, "add them to `_cases.ALL`"
 
 
-@every_case
+@_cases.every_case
 def test_takes_extra_arguments(case):
     tx = _cases.transformation(case)
     assert isinstance(tx, optax.GradientTransformationExtraArgs)
 
 
-@every_case
+@_cases.every_case
 def test_points_downhill(case):
     params, grads, _ = _cases.start(case)
     updates, state = _cases.first_update(case)
@@ -108,7 +107,7 @@ def test_points_downhill(case):
     assert along > 0 if case.kind == "direction" else along < 0
 
 
-@every_case
+@_cases.every_case
 def test_ignores_arguments_that_it_does_not_know(case):
     params, grads, state = _cases.start(case)
     tx = _cases.transformation(case)
@@ -124,7 +123,7 @@ def test_ignores_arguments_that_it_does_not_know(case):
     assert program(unknown=jnp.ones(3), text="any") == program()
 
 
-@every_case
+@_cases.every_case
 def test_missing_arguments_are_named(case):
     params, grads, state = _cases.start(case)
     tx = _cases.transformation(case)
@@ -136,7 +135,7 @@ def test_missing_arguments_are_named(case):
             tx.update(grads, state, **_cases.arguments(case))
 
 
-@every_case
+@_cases.every_case
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_state_keeps_its_types(case, dtype):
     params = _cases.parameters(dtype, matrices=case.matrices)
@@ -150,7 +149,7 @@ def test_state_keeps_its_types(case, dtype):
     )
 
 
-@every_case
+@_cases.every_case
 def test_accumulates_in_float32(case):
     params = _cases.parameters(jnp.bfloat16, matrices=case.matrices)
     state, _, _ = traced_step(case, _cases.transformation(case), params)
@@ -176,7 +175,7 @@ def test_half_precision_stays_close_to_float32(name):
         _compare.assert_within(update, exact, 0.02 * size, case.name)
 
 
-@every_case
+@_cases.every_case
 def test_state_is_a_tree_of_arrays(case):
     _, _, state = _cases.start(case)
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
@@ -184,7 +183,7 @@ def test_state_is_a_tree_of_arrays(case):
     _compare.assert_trees_identical(jax.tree.map(lambda leaf: leaf, state), state)
 
 
-@every_case
+@_cases.every_case
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_param_shaped_state_is_found(case, dtype):
     params = _cases.parameters(dtype, matrices=case.matrices)
@@ -202,7 +201,7 @@ def test_param_shaped_state_is_found(case, dtype):
             assert mark == "of a parameter", jax.tree_util.keystr(path)
 
 
-@every_case
+@_cases.every_case
 def test_compiles_once(case):
     params, grads, state = _cases.start(case)
     for _ in range(3):
@@ -210,7 +209,7 @@ def test_compiles_once(case):
     assert _cases.update(case)._cache_size() == 1
 
 
-@every_case
+@_cases.every_case
 def test_a_scan_over_donated_buffers_is_a_loop(case):
     params, grads, state = _cases.start(case)
     tx = _cases.transformation(case)
@@ -241,7 +240,7 @@ def test_a_scan_over_donated_buffers_is_a_loop(case):
     assert avals(jax.eval_shape(lambda: end)) == avals(jax.eval_shape(lambda: state))
 
 
-@every_case
+@_cases.every_case
 def test_can_be_skipped_by_a_cond(case):
     params, grads, state = _cases.start(case)
     tx = _cases.transformation(case)
@@ -258,7 +257,7 @@ def test_can_be_skipped_by_a_cond(case):
     assert avals(after) == avals(jax.eval_shape(lambda: state))
 
 
-@every_case
+@_cases.every_case
 def test_sees_through_masked_holes_in_a_chain_behind_a_guard(case):
     params, grads, _ = _cases.start(case)
     vector = {"other": jnp.ones(3)}
@@ -285,7 +284,7 @@ def test_sees_through_masked_holes_in_a_chain_behind_a_guard(case):
     _compare.assert_trees_within(updates, alone, 2 * ROUNDING)
 
 
-@every_case
+@_cases.every_case
 def test_works_in_multi_steps(case):
     params, grads, _ = _cases.start(case)
     tx = optax.MultiSteps(_cases.transformation(case), every_k_schedule=2)
@@ -300,7 +299,7 @@ def test_works_in_multi_steps(case):
     _compare.assert_trees_within(second, _cases.first_update(case)[0], ROUNDING)
 
 
-@every_case
+@_cases.every_case
 def test_an_empty_tree_is_no_error(case):
     tx = _cases.transformation(case)
     for empty in ({}, {"a": {}}, ()):
@@ -311,7 +310,7 @@ def test_an_empty_tree_is_no_error(case):
         assert _cases.is_finite(state)
 
 
-@every_case
+@_cases.every_case
 def test_zero_gradients_stay_finite(case):
     params, grads, state = _cases.start(case)
     zeros = jax.tree.map(jnp.zeros_like, grads)
@@ -374,7 +373,7 @@ FOREIGN = {
 }
 
 
-@every_case
+@_cases.every_case
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_what_is_no_floating_array_is_refused_by_its_path(case, kind):
     params, grads, _ = _cases.start(case)
@@ -389,7 +388,7 @@ def test_what_is_no_floating_array_is_refused_by_its_path(case, kind):
         traced_update(case, tx, grads | odd, state, like)
 
 
-@every_case
+@_cases.every_case
 def test_none_is_no_leaf(case):
     params, _, _ = _cases.start(case)
     tx = _cases.transformation(case)
@@ -409,7 +408,7 @@ def as_pairs(tree):
     return jax.tree.map(lambda x: jnp.stack([x.real, x.imag], -1), tree)
 
 
-@every_case
+@_cases.every_case
 def test_complex_leaves_are_served_or_refused_by_their_path(case):
     real, grads, _ = _cases.start(case)
     params, grads = as_complex(real), as_complex(grads, seed=6)
@@ -439,7 +438,7 @@ def test_complex_leaves_are_served_or_refused_by_their_path(case):
     assert avals(after) == avals(state)
 
 
-@every_case
+@_cases.every_case
 @pytest.mark.parametrize("traced", [False, True], ids=["directly", "eval_shape"])
 def test_init_takes_shapes_without_numbers(case, traced):
     params, _, state = _cases.start(case)
@@ -494,7 +493,7 @@ def foreign_trees():
     }
 
 
-@every_case
+@_cases.every_case
 @pytest.mark.parametrize("library", ["linen", "nnx", "nnx pure", "equinox"])
 def test_serves_the_trees_of_other_libraries(case, library):
     params, layout = foreign_trees()[library]
@@ -624,7 +623,7 @@ def test_an_equinox_model_is_refused_where_it_must_be_filtered():
     )
 
 
-@every_case
+@_cases.every_case
 def test_parameters_that_are_no_arrays_are_refused_in_an_update(case):
     params, grads, state = _cases.start(case)
     if not case.params:

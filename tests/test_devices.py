@@ -45,7 +45,7 @@ ALL = [
 ]
 # What differs most from one device, and from the layouts of other tests.
 EVERY_RUN = [
-    ("kl_shampoo_10", "rows", AxisType.Explicit),
+    ("sf_normuon", "rows", AxisType.Explicit),
     ("kl_shampoo_1", "two_axes", AxisType.Auto),
 ]
 

@@ -20,8 +20,6 @@ from fusionopt_jax import iterates
 from fusionopt_jax._types import ScalarOrSchedule
 from tests import _cases, _compare
 
-every_case = pytest.mark.parametrize("case", _cases.ALL, ids=str)
-
 STEPS = 2000
 ROUTING = fo.Routing(min_dim=2)
 
@@ -416,7 +414,7 @@ def test_a_constant_schedule_is_a_constant(name):
 STACK = fo.Routing([fo.Rule("", axes=fo.MatrixAxes(1, 2))], min_dim=2)
 
 
-@every_case
+@_cases.every_case
 def test_init_takes_a_bare_shape(case):
     tx = case.build(STACK)
     shape = jax.ShapeDtypeStruct((2, 4, 8), jnp.float32)
@@ -425,7 +423,7 @@ def test_init_takes_a_bare_shape(case):
     assert jax.tree.structure(made) == jax.tree.structure(expected)
 
 
-@every_case
+@_cases.every_case
 def test_the_sharding_of_the_state_is_its_type(case):
     mesh = jax.make_mesh((8,), ("x",))
     with jax.set_mesh(mesh):

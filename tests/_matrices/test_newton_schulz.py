@@ -92,9 +92,14 @@ def test_ill_posed_input_in_half_precision(hot_dtype, method, kind):
     assert nearest.max() < HALF[hot_dtype], expected
 
 
-@pytest.mark.parametrize("hot_dtype", ["fp16", "fp16_safe"])
+@pytest.mark.parametrize(
+    "hot_dtype", ["fp16", pytest.param("fp16_safe", marks=pytest.mark.exhaustive)]
+)
 @pytest.mark.parametrize("method", ["plain", "gram"])
-@pytest.mark.parametrize("settings", [{}, {"preconditioner": "aol"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, pytest.param({"preconditioner": "aol"}, marks=pytest.mark.exhaustive)],
+)
 def test_large_matrices_keep_every_bit_of_fp16(hot_dtype, method, settings):
     # Entries of a matrix of norm 1 are near 1/sqrt(m n) = 0.004, and of its Gram matrix
     # far below 6e-5, where fp16 loses bits.

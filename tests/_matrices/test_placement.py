@@ -144,7 +144,11 @@ def test_each_device_iterates_on_its_share():
 
 @kinds
 @pytest.mark.parametrize("specs", [FULLY_SHARDED, REPLICATED], ids=["fsdp", "dp"])
-@pytest.mark.parametrize("jitted", [True, False], ids=["jitted", "eager"])
+@pytest.mark.parametrize(
+    "jitted",
+    [True, pytest.param(False, marks=pytest.mark.exhaustive)],
+    ids=["jitted", "eager"],
+)
 def test_devices_change_nothing(specs, kind, jitted):
     params, grads = drawn(SHAPES), drawn(SHAPES, seed=1)
     tx = composition()

@@ -4,9 +4,12 @@ import importlib.util
 import math
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "examples" / "03_diversity.py"
 
 
+@pytest.mark.exhaustive
 def test_reports_every_optimiser(capsys):
     spec = importlib.util.spec_from_file_location("diversity", SCRIPT)
     script = importlib.util.module_from_spec(spec)

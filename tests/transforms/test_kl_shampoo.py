@@ -166,8 +166,12 @@ def test_renewal_at_every_step_needs_no_condition():
     assert conditions(2) == conditions(1) + 2
 
 
-@pytest.mark.parametrize("bucketing", ["loop", "batch", "leaf"])
-@pytest.mark.parametrize("sides", ["both", "small"])
+@pytest.mark.parametrize(
+    "bucketing", ["loop", "batch", pytest.param("leaf", marks=pytest.mark.exhaustive)]
+)
+@pytest.mark.parametrize(
+    "sides", ["both", pytest.param("small", marks=pytest.mark.exhaustive)]
+)
 def test_neighbours_change_nothing(rng, sides, bucketing):
     shapes = {"m": (3, 6, 7), "s": (6, 7)}
     more = {"a": (6, 7), "n": (2, 7, 6), "z": (6, 7)}
@@ -193,12 +197,20 @@ def placed(leaves, devices, kind):
     }
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    [AxisType.Explicit, pytest.param(AxisType.Auto, marks=pytest.mark.exhaustive)],
+    ids=str,
+)
 @pytest.mark.parametrize(
     ("component", "settings"),
-    # Eigenvalues of plain Shampoo are known to 1e-7 of the largest, by LAPACK as by
-    # Jacobi's method; the damping keeps that small beside all of them.
-    [("kl_shampoo", {}), ("shampoo", {"damping": 0.3})],
+    # `test_devices.py` has the first in every run. Eigenvalues of plain Shampoo are
+    # known to 1e-7 of the largest, by LAPACK as by Jacobi's method; the damping keeps
+    # that small beside all of them.
+    [
+        pytest.param("kl_shampoo", {}, marks=pytest.mark.exhaustive),
+        ("shampoo", {"damping": 0.3}),
+    ],
 )
 def test_devices_change_nothing(rng, component, settings, kind):
     history = gradients(rng, {"w": (3, 6, 7), "v": (6, 7), "u": (6, 6)}, steps=20)

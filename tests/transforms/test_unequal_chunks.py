@@ -35,8 +35,10 @@ COMPONENTS = {
 }
 
 
-@pytest.mark.parametrize("side", ["input", "output"])
-@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize(
+    "side", ["output", pytest.param("input", marks=pytest.mark.exhaustive)]
+)
+@pytest.mark.parametrize("layers", [3, pytest.param(1, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_parts_are_matrices_of_their_own(rng, component, layers, side):
     axis = 2 if side == "output" else 1

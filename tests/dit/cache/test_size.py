@@ -72,6 +72,7 @@ class TestSize:
             "warning, or sample without a cache (cache=None)."
         )
 
+    @pytest.mark.exhaustive
     def test_warning_names_the_line_of_the_caller(self):
         # Type checks at run time would stand between the caller and the library: hence
         # a process without them.

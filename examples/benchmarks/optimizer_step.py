@@ -106,6 +106,12 @@ def candidates(params: Any) -> dict[str, optax.GradientTransformationExtraArgs]:
         "fusionopt SF-NorMuon + KL-Shampoo": fo.fusion_opt(
             RATE, components={"ns5", "normuon", "sf", "shampoo"}, routing=routing
         ),
+        "fusionopt SF-NorMuon + KL-Shampoo, every step": fo.fusion_opt(
+            RATE,
+            components={"ns5", "normuon", "sf", "shampoo"},
+            routing=routing,
+            settings={"shampoo": {"b2": 0.9, "update_every": 1}},
+        ),
         "fusionopt SF-AdamW": fo.schedule_free(
             optax.chain(direction, optax.add_decayed_weights(1e-2)), RATE
         ),

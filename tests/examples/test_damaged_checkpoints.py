@@ -60,22 +60,31 @@ def delete(content, rng):
 KINDS = (flip_a_bit, cut_off, zero_a_range, scramble, delete)
 
 
-def damage(folder, trial, rng):
-    """Change one file of a checkpoint; each file and each kind has its turn."""
-    files = sorted(
+def files_of(folder):
+    """What going on reads: everything but the weights that are there for others."""
+    return sorted(
         path
         for path in folder.rglob("*")
-        # Going on reads everything but the weights that are there for others.
         if path.is_file() and "deployed" not in path.parts
     )
-    path = files[trial % len(files)]
+
+
+def spoil(path, kind, rng):
+    """Change a file in one way."""
     content = np.frombuffer(path.read_bytes(), np.uint8).copy()
-    kind = KINDS[trial // len(files) % len(KINDS)]
     changed = kind(content, rng) if len(content) else delete(content, rng)
     if changed is None:
         path.unlink()
     else:
         path.write_bytes(changed.tobytes())
+
+
+def damage(folder, trial, rng):
+    """Change one file of a checkpoint; each file and each kind has its turn."""
+    files = files_of(folder)
+    path = files[trial % len(files)]
+    kind = KINDS[trial // len(files) % len(KINDS)]
+    spoil(path, kind, rng)
     return f"{kind.__name__} {path.relative_to(folder.parent)}"
 
 
@@ -124,9 +133,13 @@ def check(saved, folder, trial, capsys):
     shutil.copytree(saved, folder)
     rng = np.random.default_rng(trial)
     done = damage(folder / str(NEWER), trial, rng)
-    both = trial % 3 == 2
+    # Drawn, for a period could be that of the files.
+    both = rng.random() < 1 / 5
     if both:
-        done += ", " + damage(folder / str(OLDER), int(rng.integers(1000)), rng)
+        # All of its files: few bytes matter, and it is the newer one that is tried.
+        for path in files_of(folder / str(OLDER)):
+            spoil(path, KINDS[trial % len(KINDS)], rng)
+        done += f", {KINDS[trial % len(KINDS)].__name__} all of {OLDER}"
     capsys.readouterr()
     state, refusal = restored(folder)
     if state is None:
@@ -166,4 +179,4 @@ def test_no_damage_goes_unnoticed(saved, tmp_path, monkeypatch, capsys):
     # About a quarter of the bytes of a checkpoint matter to who reads it with a target.
     # Were it few trials that are noticed, the others would test nothing.
     assert outcomes.count("older") > TRIALS / 8
-    assert outcomes.count("refused") > TRIALS / 80
+    assert outcomes.count("refused") > TRIALS / 80, outcomes.count("refused")

@@ -1,8 +1,11 @@
 """State that goes through Orbax and comes back as it was, or not at all."""
 
+import contextlib
+import gc
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import chex
@@ -16,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import fusionopt_jax as fo
 from fusionopt_jax import checkpoints
+from fusionopt_jax.checkpoints.echoes import without_echoes
 
 ROUTING = fo.Routing(min_dim=8)
 
@@ -251,6 +255,44 @@ def test_the_page_holds_a_complete_program(tmp_path, monkeypatch, capsys):
     for step in (5, 10):
         exec(compile(program, str(page), "exec"), {})
         assert f"step {step} of {{'learning_rate': 0.008}}" in capsys.readouterr().out
+
+
+async def async_serialize():
+    """What Orbax makes of a write, by its name."""
+
+    async def write_fragment():
+        pass
+
+    return write_fragment()
+
+
+async def of_the_user():
+    """What no checkpoint has to do with."""
+
+
+def leave_unfinished():
+    """A write and something else that never begin."""
+    with contextlib.suppress(StopIteration):
+        async_serialize().send(None)
+    of_the_user()
+    gc.collect()
+
+
+def test_what_an_error_left_unfinished_is_quiet_and_nothing_else_is(monkeypatch):
+    heard = []
+    monkeypatch.setattr(
+        sys, "unraisablehook", lambda found: heard.append(str(found.exc_value))
+    )
+    leave_unfinished()
+    assert len(heard) == 2
+    with pytest.raises(OSError, match="full"), without_echoes():
+        raise OSError("the disk is full")
+    heard.clear()
+    leave_unfinished()
+    # Where warnings are errors it is the hook that must know them.
+    warnings.simplefilter("error")
+    leave_unfinished()
+    assert heard == ["coroutine 'of_the_user' was never awaited"] * 2
 
 
 def test_without_orbax_the_extra_is_named():

@@ -1,5 +1,6 @@
 """Checkpoints of a run, and the refusal to continue a different one."""
 
+import dataclasses
 import logging
 import sys
 import warnings
@@ -12,7 +13,7 @@ import orbax.checkpoint as ocp
 from dit_training import optimizers
 from dit_training.errors import RunError
 from dit_training.training import TrainState, all_finite
-from fusionopt_jax import checkpoints
+from fusionopt_jax import checkpoints, dit
 
 KEPT = 2
 
@@ -133,6 +134,11 @@ def saved_config(folder: Path) -> dict[str, Any]:
 def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """`name saved -> wanted` for each setting that changes what is trained."""
     old, new = flatten(saved), flatten(wanted)
+    if "model" in saved:
+        # A run of an older version lacks the settings that were added since; it ran
+        # with what their defaults are.
+        defaults = dataclasses.asdict(dit.DiTConfig())
+        old = flatten({"model": defaults}) | old
     may_change = MAY_CHANGE
     if new.get("optimizer") not in optimizers.NEEDS_HORIZON:
         may_change = (*may_change, "steps")

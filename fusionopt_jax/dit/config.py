@@ -2,7 +2,12 @@
 
 import dataclasses
 
-from fusionopt_jax._checks import check_integer, check_number, check_positive
+from fusionopt_jax._checks import (
+    check_choice,
+    check_integer,
+    check_number,
+    check_positive,
+)
 
 TIME_FEATURES = 256
 """Width of the sinusoidal time features, the same in every published model."""
@@ -33,6 +38,13 @@ class DiTConfig:
         time_scale: Factor on the times before their embedding. 1 suits every model that
             was trained on times 0 to 999 (flow times are handed over as 1000 t); 0.001
             suits a flow model that embedded t in [0, 1] itself.
+        frequency_shift: 0 or 1: the time features have the frequencies
+            10000^(-i / (128 - frequency_shift)) with i from 0 to 127. 0 is the
+            published code, with which the released weights were trained; 1 is what
+            diffusers computes, for models that were trained there.
+        norm_eps: Added to the variance by the norm before each MLP. 1e-6 is the
+            published code; diffusers takes it from `config.json`, with 1e-5 where that
+            says nothing. The other norms add 1e-6 in both.
 
     Raises:
         ValueError: If a size is out of range or does not divide another.
@@ -44,7 +56,8 @@ class DiTConfig:
         (256, 8, 10)
 
     Source: Peebles and Xie, "Scalable Diffusion Models with Transformers"
-    (arXiv 2212.09748), section 3. `time_scale` is ours.
+    (arXiv 2212.09748), section 3. `time_scale` is ours; `frequency_shift` and
+    `norm_eps` say where diffusers' `DiTTransformer2DModel` differs.
     """
 
     input_size: int = 32
@@ -58,6 +71,8 @@ class DiTConfig:
     num_classes: int = 1000
     learn_sigma: bool = True
     time_scale: float = 1.0
+    frequency_shift: int = 0
+    norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
         """Check every size and how they divide each other."""
@@ -74,6 +89,9 @@ class DiTConfig:
         check_positive("mlp_ratio", self.mlp_ratio)
         check_number("class_dropout_prob", self.class_dropout_prob, low=0.0, high=1.0)
         check_positive("time_scale", self.time_scale)
+        check_integer("frequency_shift", self.frequency_shift, low=0)
+        check_choice("frequency_shift", self.frequency_shift, (0, 1))
+        check_positive("norm_eps", self.norm_eps)
         if not isinstance(self.learn_sigma, bool):
             raise TypeError(
                 f"`learn_sigma` must be True or False, got {self.learn_sigma!r}."

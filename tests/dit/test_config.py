@@ -58,6 +58,9 @@ def test_config_is_hashable_and_frozen():
         ({"mlp_ratio": 0.0}, "`mlp_ratio` must lie in"),
         ({"class_dropout_prob": 1.5}, "`class_dropout_prob` must lie in"),
         ({"time_scale": -1.0}, "`time_scale` must lie in"),
+        ({"frequency_shift": -1}, "`frequency_shift` must be at least 0"),
+        ({"frequency_shift": 2}, "`frequency_shift` must be one of 0, 1"),
+        ({"norm_eps": 0.0}, "`norm_eps` must lie in"),
     ],
 )
 def test_wrong_size_is_refused(settings, words):

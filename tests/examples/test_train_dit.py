@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import json
 import resource
 import shutil
@@ -604,3 +605,12 @@ def test_the_routing_cuts_fused_kernels_and_spares_the_ends():
         "final_layer/adaLN_modulation/kernel": (2, (128, 128)),
         "t_embedder/fc2/kernel": (1, (128, 128)),
     }
+
+
+def test_a_run_from_before_a_model_setting_existed_can_be_resumed():
+    wanted = {"optimizer": "muon", "model": dataclasses.asdict(dit.DiTConfig(depth=2))}
+    saved = {**wanted, "model": dict(wanted["model"])}
+    del saved["model"]["frequency_shift"]
+    assert checkpoints.differences(saved, wanted) == []
+    wanted["model"]["frequency_shift"] = 1
+    assert checkpoints.differences(saved, wanted) == ["model.frequency_shift 0 -> 1"]

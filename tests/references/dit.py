@@ -20,6 +20,8 @@ class Sizes(NamedTuple):
     heads: int
     depth: int
     time_scale: float = 1.0
+    frequency_shift: int = 0
+    norm_eps: float = 1e-6
 
 
 def _linear(params: Tree, x: np.ndarray) -> np.ndarray:
@@ -35,9 +37,9 @@ def _gelu(x: np.ndarray) -> np.ndarray:
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def _norm(x: np.ndarray) -> np.ndarray:
+def _norm(x: np.ndarray, eps: float = 1e-6) -> np.ndarray:
     mean = x.mean(-1, keepdims=True)
-    return (x - mean) / np.sqrt(((x - mean) ** 2).mean(-1, keepdims=True) + 1e-6)
+    return (x - mean) / np.sqrt(((x - mean) ** 2).mean(-1, keepdims=True) + eps)
 
 
 def positions(grid: int, width: int) -> np.ndarray:
@@ -55,16 +57,17 @@ def positions(grid: int, width: int) -> np.ndarray:
     return table
 
 
-def time_features(time: float) -> np.ndarray:
+def time_features(time: float, shift: int = 0) -> np.ndarray:
     """128 cosines, then 128 sines."""
-    angles = np.array([time * 10000 ** (-k / 128) for k in range(128)])
+    angles = np.array([time * 10000 ** (-k / (128 - shift)) for k in range(128)])
     return np.concatenate([np.cos(angles), np.sin(angles)])
 
 
 def conditioning(params: Tree, time: float, label: int, sizes: Sizes) -> np.ndarray:
     """SiLU of the sum of the time embedding and the label embedding."""
     embedder = params["t_embedder"]
-    hidden = _silu(_linear(embedder["fc1"], time_features(time * sizes.time_scale)))
+    features = time_features(time * sizes.time_scale, sizes.frequency_shift)
+    hidden = _silu(_linear(embedder["fc1"], features))
     table = np.float64(params["y_embedder"]["embedding_table"])
     return _silu(_linear(embedder["fc2"], hidden) + table[label])
 
@@ -127,7 +130,7 @@ def _forward_one(
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = block_mods[index]
         branch = _norm(x) * (1 + scale_a) + shift_a
         x = x + gate_a * _attention(layer["attn"], branch, sizes.heads)
-        branch = _norm(x) * (1 + scale_m) + shift_m
+        branch = _norm(x, sizes.norm_eps) * (1 + scale_m) + shift_m
         hidden = _gelu(_linear(layer["mlp"]["fc1"], branch))
         x = x + gate_m * _linear(layer["mlp"]["fc2"], hidden)
     x = _norm(x) * (1 + final_mods[1]) + final_mods[0]

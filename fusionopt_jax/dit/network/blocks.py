@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from fusionopt_jax._types import Params
 from fusionopt_jax.dit.config import DiTConfig
-from fusionopt_jax.dit.network.layers import layer_norm, linear
+from fusionopt_jax.dit.network.layers import LAYER_NORM_EPS, layer_norm, linear
 from fusionopt_jax.dit.network.modulation import (
     BLOCK_PARTS,
     FINAL_PARTS,
@@ -100,6 +100,7 @@ def block(
     mlp_modulation: Modulation,
     *,
     num_heads: int,
+    norm_eps: float = LAYER_NORM_EPS,
     dtype: DTypeLike = jnp.float32,
     attention: AttentionKernel = None,
 ) -> Float[Array, "b tokens d"]:
@@ -109,7 +110,8 @@ def block(
     branch = attend(params["attn"], branch, num_heads, dtype, attention)
     tokens = tokens + gate[:, None, :] * branch
     shift, scale, gate = mlp_modulation
-    branch = mlp(params["mlp"], modulate(layer_norm(tokens), shift, scale), dtype)
+    branch = modulate(layer_norm(tokens, norm_eps), shift, scale)
+    branch = mlp(params["mlp"], branch, dtype)
     return tokens + gate[:, None, :] * branch
 
 

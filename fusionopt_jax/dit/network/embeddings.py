@@ -102,10 +102,12 @@ def embed_patches(
     return tokens + jnp.asarray(positions)[None]
 
 
-def time_features(times: Float[Array, "n"]) -> Float[Array, "n features"]:
+def time_features(
+    times: Float[Array, "n"], frequency_shift: int = 0
+) -> Float[Array, "n features"]:
     """Cosines, then sines, of the times at geometrically spaced frequencies."""
     half = TIME_FEATURES // 2
-    exponents = np.arange(half, dtype=np.float64) / half
+    exponents = np.arange(half, dtype=np.float64) / (half - frequency_shift)
     frequencies = np.exp(-math.log(MAX_PERIOD) * exponents).astype(np.float32)
     angles = times.astype(jnp.float32)[:, None] * jnp.asarray(frequencies)[None, :]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
@@ -115,7 +117,8 @@ def embed_times(
     params: Params, config: DiTConfig, times: Float[Array, "n"]
 ) -> Float[Array, "n d"]:
     """The conditioning vector of each time, in fp32."""
-    features = time_features(times.astype(jnp.float32) * config.time_scale)
+    scaled = times.astype(jnp.float32) * config.time_scale
+    features = time_features(scaled, config.frequency_shift)
     hidden = linear(params["fc1"], features, precision=CONDITIONING_PRECISION)
     return linear(params["fc2"], jax.nn.silu(hidden), precision=CONDITIONING_PRECISION)
 

@@ -16,7 +16,7 @@ that GPUs and TPUs use for fp32 by default (10 bits on a GPU), the two could dif
 """
 
 LAYER_NORM_EPS = 1e-6
-"""Added to the variance; the published constant."""
+"""Added to the variance; the published constant, of every norm but the MLP's."""
 
 
 def linear(
@@ -36,10 +36,12 @@ def linear(
     return product + bias.reshape((1,) * (product.ndim - 1) + bias.shape)
 
 
-def layer_norm(tokens: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+def layer_norm(
+    tokens: Float[Array, "*batch d"], eps: float = LAYER_NORM_EPS
+) -> Float[Array, "*batch d"]:
     """Zero mean and unit variance over the width, in fp32 and without a scale."""
     tokens = tokens.astype(jnp.float32)
     # E[x^2] - E[x]^2 is one pass less, but cancels in fp32 where the mean is large.
     centred = tokens - jnp.mean(tokens, axis=-1, keepdims=True)
     variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-    return centred / jnp.sqrt(variance + LAYER_NORM_EPS)
+    return centred / jnp.sqrt(variance + eps)

@@ -237,6 +237,7 @@ def apply(
             tokens,
             *split_block(parts_of(*layer)),
             num_heads=config.num_heads,
+            norm_eps=config.norm_eps,
             dtype=dtype,
             attention=attention,
         )

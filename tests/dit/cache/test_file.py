@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import os
 
 import chex
@@ -12,6 +13,7 @@ import pytest
 
 from fusionopt_jax import dit
 from fusionopt_jax.dit.cache import registry
+from fusionopt_jax.dit.cache.file import read_arrays, write_arrays
 from tests.dit._models import (
     CONFIG,
     LABELS,
@@ -115,6 +117,10 @@ class TestFile:
             ({"dtype": jnp.bfloat16}, "holds float32"),
             ({"params": random_params(CONFIG, seed=5)}, "other weights"),
             ({"config": dataclasses.replace(CONFIG, time_scale=2.0)}, "another config"),
+            (
+                {"config": dataclasses.replace(CONFIG, frequency_shift=1)},
+                r"another config: frequency_shift \(0 in the cache, 1 in use\)",
+            ),
         ],
     )
     def test_that_does_not_fit_is_refused_and_kept(
@@ -132,6 +138,18 @@ class TestFile:
         with pytest.raises(dit.StaleCacheError, match=rf"cache\.npz .*{words}"):
             dit.get_or_build_cache(**{**request, **change}, path=path)
         assert path.read_bytes() == written
+
+    def test_file_from_before_a_setting_existed(self, cache, tmp_path):
+        path = tmp_path / "cache.npz"
+        cache.save(path)
+        with np.load(path) as file:
+            kind = str(file["format"])
+        about, arrays = read_arrays(path, kind)
+        config = json.loads(about)
+        for name in ("frequency_shift", "norm_eps"):
+            del config[name]
+        write_arrays(path, kind, json.dumps(config), arrays)
+        chex.assert_trees_all_equal(dit.TimeConditioningCache.load(path), cache)
 
     def test_damaged_file_is_refused(self, cache, tmp_path):
         assert check_damage(cache, tmp_path / "cache.npz", 40) >= 30

@@ -138,6 +138,10 @@ VARIANTS = {
     "no null label, times in [0, 1]": dataclasses.replace(
         CONFIG, depth=2, class_dropout_prob=0.0, time_scale=1e-3, mlp_ratio=2.0
     ),
+    # So large an eps that in any other norm than the MLP's it would show, too.
+    "as diffusers has it": dataclasses.replace(
+        CONFIG, depth=1, frequency_shift=1, norm_eps=0.05
+    ),
 }
 
 
@@ -145,7 +149,12 @@ VARIANTS = {
 def test_output_matches_float64_reference(config):
     params, batch = random_params(config), random_batch(config)
     sizes = reference.Sizes(
-        config.patch_size, config.num_heads, config.depth, config.time_scale
+        config.patch_size,
+        config.num_heads,
+        config.depth,
+        config.time_scale,
+        config.frequency_shift,
+        config.norm_eps,
     )
     expected = reference.forward(
         jax.tree.map(np.asarray, params), *map(np.asarray, batch), sizes

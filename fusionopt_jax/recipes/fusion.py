@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from fusionopt_jax._checks import (
+    check_choice,
     check_count,
     check_decay_rate,
     check_non_negative,
@@ -32,6 +33,7 @@ from fusionopt_jax.recipes.components import (
     checked_settings,
     in_place,
 )
+from fusionopt_jax.recipes.momentum import NESTEROV, Nesterov, momentum_of
 from fusionopt_jax.routing import SCALAR, SPECTRAL, Routing
 from fusionopt_jax.transforms.gain import measure_gain
 from fusionopt_jax.transforms.polyak import PolyakRule, polyak
@@ -47,7 +49,7 @@ def fusion_opt(
     scalar_weight_decay: Number = 0.0,
     warmup_steps: int | jax.Array = 0,
     momentum: Number = 0.8,
-    nesterov: bool = False,
+    nesterov: Nesterov = False,
     polyak_rule: PolyakRule | None = "ratio",
     settings: Mapping[str, Any] | None = None,
     groups: Mapping[str, TransformLike] | None = None,
@@ -93,7 +95,8 @@ def fusion_opt(
         scalar_weight_decay: The same for the rest.
         warmup_steps: Over how many steps the learning rate rises linearly.
         momentum: Decay rate of the matrices' momentum, in [0, 1).
-        nesterov: Let the momentum look one step ahead, as Muon's code does.
+        nesterov: Let the momentum look one step ahead, as Muon's code does; `"optax"`
+            corrects the bias of both terms, as `optax.contrib.muon` does.
         polyak_rule: How the shared factor is computed, see `polyak`; `None` leaves it
             out, and updates need no `value` then.
         settings: For a component, or for `"adam"` or `"polyak"`, keyword arguments of
@@ -149,6 +152,7 @@ def fusion_opt(
     check_non_negative("scalar_weight_decay", scalar_weight_decay)
     check_count("warmup_steps", warmup_steps)
     check_decay_rate("momentum", momentum)
+    check_choice("nesterov", nesterov, NESTEROV)
     _check_effects(chosen, routing, weight_decay, scalar_weight_decay, polyak_rule)
     own = dict(groups or {})
     known = _check_groups(own)
@@ -168,12 +172,11 @@ def fusion_opt(
 
     smoothing: list[optax.GradientTransformation] = []
     smoothing += [build(name) for name in in_place("gradient", chosen)]
-    smoothing.append(
-        optax.trace(momentum, nesterov=nesterov, accumulator_dtype=jnp.float32)
-    )
-    if "ns5" not in chosen:
+    smoothing.append(momentum_of(momentum, nesterov))
+    if "ns5" not in chosen and nesterov != "optax":
         # The orthogonalised update doesn't depend on the momentum's scale; without it
-        # the momentum has to be the average of the gradients, not their sum.
+        # the momentum has to be the average of the gradients, not their sum; that of
+        # Optax is one.
         smoothing.append(optax.scale(1 - momentum))
     whitened = stage("momentum", optax.chain(*smoothing))
     for name in in_place("momentum", chosen):

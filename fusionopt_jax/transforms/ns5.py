@@ -8,6 +8,7 @@ brings the singular values of :math:`G` near 1 and keeps its singular vectors: `
 returns :math:`X_5`, an approximation of the polar factor :math:`UV^\top`.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -45,9 +46,9 @@ from fusionopt_jax._optax import transformation
 from fusionopt_jax._types import Array, Count, Number, Scalar
 from fusionopt_jax.routing import Routing, matrix_views
 
-Scale: TypeAlias = Literal["aspect", "rms"] | None
+Scale: TypeAlias = Literal["aspect", "rms", "consistent_rms"] | None
 
-SCALES: tuple[Scale, ...] = (None, "aspect", "rms")
+SCALES: tuple[Scale, ...] = (None, "aspect", "rms", "consistent_rms")
 
 # The root mean square of an Adam update, which makes Adam's learning rate and decay
 # carry over (Liu et al., arXiv 2502.16982).
@@ -116,6 +117,9 @@ def ns5(
             :math:`\sqrt{\max(1, \text{out}/\text{in})}`. `"rms"` gives every update a
             root mean square of 0.2, as Adam's has:
             :math:`0.2\sqrt{\text{in}\cdot\text{out}}\,/\,\|X\|_F`.
+            `"consistent_rms"` is the same of singular values that are exactly 1, from
+            the shape alone: :math:`0.2\sqrt{\max(\text{in}, \text{out})}`, as
+            `optax.contrib.muon(consistent_rms=0.2)` has it.
         eps: Added to the norm; the published value. With a smaller one the result
             doesn't depend on the gradient's scale, however small it is.
         bucketing: `"batch"` joins matrices of equal shape from all leaves into one
@@ -181,8 +185,9 @@ def ns5(
         views = matrix_views(updates, routing, "ns5")
         results = map_stacks(orthogonalise, leaves, views, bucketing=bucketing)
         updates = jax.tree.unflatten(treedef, results)
-        if scale == "aspect":
-            (updates,) = map_leaves(_aspect_scaled, views, written=[updates])
+        if scale in ("aspect", "consistent_rms"):
+            by_shape = functools.partial(_scaled_by_shape, scale=scale)
+            (updates,) = map_leaves(by_shape, views, written=[updates])
         return updates
 
     def init_fn(params: Any) -> NS5State:
@@ -209,10 +214,13 @@ def ns5(
     return transformation(init_fn, update_fn)
 
 
-def _aspect_scaled(X: Stack) -> tuple[Stack]:
-    """√max(1, out/in) X."""
+def _scaled_by_shape(X: Stack, scale: Scale) -> tuple[Stack]:
+    """√max(1, out/in) X, or 0.2 √max(in, out) X."""
     _, inputs, outputs = X.shape
-    factor = max(1.0, outputs / inputs) ** 0.5
+    if scale == "aspect":
+        factor = max(1.0, outputs / inputs) ** 0.5
+    else:
+        factor = _ADAM_RMS * max(inputs, outputs) ** 0.5
     return (X * jnp.asarray(factor, X.dtype),)
 
 

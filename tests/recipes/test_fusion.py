@@ -57,27 +57,53 @@ def recipe(learning_rate=0.1, settings=None, **arguments):
     return fo.fusion_opt(learning_rate, settings=settings, **arguments)
 
 
-def test_with_everything_off_it_is_muon_of_optax():
+@pytest.mark.parametrize("look_ahead", [False, True])
+def test_with_everything_off_it_is_muon_of_optax(look_ahead):
     tx = recipe(
         components={"ns5"},
         polyak_rule=None,
         momentum=0.95,
+        nesterov="optax" if look_ahead else False,
         weight_decay=0.01,
         settings={
-            "ns5": {"coefficients": "quintic", "scale": "aspect"},
-            "adam": {"b2": 0.999},
+            "ns5": {
+                "coefficients": "quintic",
+                "scale": "consistent_rms" if look_ahead else "aspect",
+                "eps": 1e-8,
+            },
+            "adam": {"b2": 0.999, "nesterov": look_ahead},
         },
     )
-    # Optax's eps is 1e-8 of a norm near 1; neither matters here. It looks ahead with
-    # another bias correction than Muon's, so both are compared without looking ahead.
     muon = optax.contrib.muon(
-        0.1, beta=0.95, nesterov=False, weight_decay=0.01, adam_b2=0.999
+        0.1,
+        beta=0.95,
+        nesterov=look_ahead,
+        weight_decay=0.01,
+        adam_b2=0.999,
+        consistent_rms=0.2 if look_ahead else None,
     )
     # Two orders of the same sums, which an older compiler rounds apart.
     ours, theirs = (
         path_of(each, compiler_options=_compile.as_users())[0] for each in (tx, muon)
     )
     _compare.assert_trees_within(ours, theirs, ROUNDING)
+
+
+def test_the_look_ahead_of_optax_without_orthogonalisation():
+    tx = recipe(
+        components=(),
+        polyak_rule=None,
+        nesterov="optax",
+        weight_decay=0.0,
+        momentum=0.9,
+    )
+    params, steps, _ = problem()
+    updates, _, _ = path_of(tx, params, jax.tree.map(jnp.ones_like, steps))
+    # Of equal gradients the average is 1 - b^t, corrected as if it were a step later.
+    t = np.arange(1, 5)
+    expected = 0.9 * (1 - 0.9**t) / (1 - 0.9 ** (t + 1)) + 0.1 / (1 - 0.9**t)
+    for name in ("wide", "tall"):
+        _compare.assert_within(updates[name][:, 0, 0], -0.1 * expected, 1e-7, name)
 
 
 def test_with_the_matrices_off_it_is_schedule_free_of_optax():

@@ -9,6 +9,7 @@ descriptions of tensors, whose bytes are read afterwards, once their sizes have 
 checked against the archive.
 """
 
+import functools
 import io
 import math
 import pathlib
@@ -22,7 +23,7 @@ import ml_dtypes
 import numpy as np
 
 from fusionopt_jax.dit.files import check_swelling
-from fusionopt_jax.dit.weights.reader import Choose
+from fusionopt_jax.dit.weights.reader import Choose, Stored
 
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
@@ -233,8 +234,10 @@ class TorchFile:
         except Exception as error:
             # Hostile or damaged bytes can fail anywhere: zip, struct, Unicode, pickle.
             self.close()
+            damage = isinstance(error, zipfile.BadZipFile)
+            remedy = "; it may be cut off, so fetch it again" if damage else ""
             raise ValueError(
-                f"{path} is not a readable PyTorch file: {error}."
+                f"{path} is not a readable PyTorch file: {error}{remedy}."
             ) from error
 
     def close(self) -> None:
@@ -327,14 +330,14 @@ class TorchFile:
 
 
 def read_pt(path: pathlib.Path, choose: Choose) -> Mapping[str, Any]:
-    """The arrays of a `.pt` file, of which only the chosen ones are read.
+    """The arrays of a `.pt` file, or of one that `torch.save` wrote as `.bin`.
 
     Args:
         path: The file.
         choose: What to take of it.
 
     Returns:
-        Arrays by name, and what else stands beside them.
+        A `Stored` by name, and what else stands beside them.
 
     Raises:
         ValueError: As :class:`TorchFile` does.
@@ -348,10 +351,15 @@ def read_pt(path: pathlib.Path, choose: Choose) -> Mapping[str, Any]:
         ...     read_pt(path, lambda content: content)
         {'step': 3}
     """
-    with TorchFile(path) as file:
-        chosen = choose(file.content)
-        file.check_size(chosen.values())
-        return {
-            name: file.array(value) if isinstance(value, TensorRecord) else value
-            for name, value in chosen.items()
-        }
+    # Closed with the last of the arrays that it gives.
+    file = TorchFile(path)
+    chosen = choose(file.content)
+    file.check_size(chosen.values())
+    return {
+        name: Stored(
+            value.shape, value.storage.dtype, functools.partial(file.array, value)
+        )
+        if isinstance(value, TensorRecord)
+        else value
+        for name, value in chosen.items()
+    }

@@ -62,7 +62,8 @@ def from_pytorch(
 
     Args:
         state_dict: A dict from names to arrays (NumPy, JAX or PyTorch), or a file:
-            `.pt`, `.pth` or `.ckpt`, `.safetensors` (needs safetensors), or `.npz`.
+            `.pt`, `.pth`, `.ckpt` or `.bin` (what `torch.save` writes), `.safetensors`
+            (needs safetensors), or `.npz`.
         num_heads: Attention heads. None takes those of the published model of this
             width; other widths must say, since the weights do not show it.
         entry: Which part of a training checkpoint to take, such as "ema" or "model".
@@ -91,8 +92,8 @@ def from_pytorch(
 
     Source: names and layouts of the PyTorch model that Peebles and Xie published.
     """
-    arrays = read_weights(state_dict, entry)
-    arrays = {name.removeprefix("module."): value for name, value in arrays.items()}
+    weights = read_weights(state_dict, entry)
+    arrays = {name.removeprefix("module."): value for name, value in weights.items()}
     config = _read_config(arrays, num_heads, has_null_label, time_scale)
     _check_entries(arrays, config)
     _check_positions(arrays[_POSITIONS], config)

@@ -234,9 +234,9 @@ class TestWrongWeights:
     def test_files_that_are_none(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="no weight file"):
             dit.from_pytorch(tmp_path / "nowhere.pt")
-        (tmp_path / "weights.bin").write_bytes(b"")
+        (tmp_path / "weights.h5").write_bytes(b"")
         with pytest.raises(ValueError, match=r"must end in \.pt"):
-            dit.from_pytorch(tmp_path / "weights.bin")
+            dit.from_pytorch(tmp_path / "weights.h5")
         np.savez(tmp_path / "objects.npz", a=np.array([print], object))
         with pytest.raises(ValueError, match=r"not a readable \.npz"):
             dit.from_pytorch(tmp_path / "objects.npz")
@@ -248,7 +248,7 @@ class TestWrongWeights:
 
     def test_missing_safetensors_names_the_extra(self, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "safetensors", None)
-        (tmp_path / "weights.safetensors").write_bytes(b"")
+        (tmp_path / "weights.safetensors").write_bytes(b"anything")
         with pytest.raises(ImportError, match="extra `dit`"):
             dit.from_pytorch(tmp_path / "weights.safetensors")
 

@@ -22,7 +22,7 @@ def save_images(
     structure.
 
     Args:
-        path: File ending in ".png" (needs Pillow, in the extra `examples`) or ".npy".
+        path: File ending in ".png" (needs Pillow, in the extra `dit`) or ".npy".
         images: [batch, height, width, channels].
         columns: Of the grid, filled column by column; None is one row.
         enlarge: How many pixels a side each pixel becomes in a `.png`.
@@ -102,8 +102,7 @@ def check_target(path: str | os.PathLike[str]) -> None:
         except ImportError as error:
             raise ImportError(
                 "writing a .png needs Pillow, which is not installed; install the "
-                'extra `examples`: pip install "fusionopt-jax[examples]", or write a '
-                ".npy."
+                'extra `dit`: pip install "fusionopt-jax[dit]", or write a .npy.'
             ) from error
         del PIL
 

@@ -12,6 +12,7 @@ import fusionopt_jax
 from fusionopt_jax import dit
 from fusionopt_jax.dit import __main__ as command
 from fusionopt_jax.dit import pictures
+from fusionopt_jax.dit.commands import sample as sample_command
 
 CONFIG = dit.DiTConfig(
     input_size=4, hidden_size=32, depth=1, num_heads=2, num_classes=10
@@ -72,7 +73,7 @@ def test_a_cache_is_used_where_it_saves_memory_unless_told_otherwise(
         built.append(dit.build_cache(*arguments, **options))
         return built[-1]
 
-    monkeypatch.setattr(command, "build_cache", build)
+    monkeypatch.setattr(sample_command, "build_cache", build)
     sampled(weights, tmp_path / "a.npy", "--steps", steps, *flag)
     assert len(built) == builds
     said = capsys.readouterr().out.splitlines()
@@ -138,6 +139,11 @@ def test_inspect_knows_the_published_sizes(capsys):
         (["sample", "--labels", "3", "--out", "none/a.npy"], "mkdir -p none"),
         (["sample", "--labels", "3", "--out", "a.npy", "--count", "0"], "--count"),
         (["sample", "--labels", "11", "--out", "a.npy"], "must lie in"),
+        (["sample", "--labels", "3,", "--out", "a.npy"], "commas"),
+        (["sample", "--labels", "tench", "--out", "a.npy"], "is not; give whole"),
+        (["sample", "--labels", "9" * 10, "--out", "a.npy"], "no number of a class"),
+        (["sample", "--labels", "3", "--out", "a.npy", "--columns", "2"], "1 images"),
+        (["sample", "--labels", "3", "--out", "a.npy", "--columns", "0"], "--columns"),
         (["sample", "--labels", "3", "--out", "a.npy", "--steps", "x"], "respacing"),
         (
             ["sample", "--labels", "3", "--out", "a.npy", "--sampler", "dpm",
@@ -155,7 +161,7 @@ def test_mistakes_are_one_line(
     weights, arguments, words, capsys, monkeypatch, tmp_path
 ):
     monkeypatch.chdir(tmp_path)
-    assert run(*arguments, "--weights", weights, "--num-heads", 2) == 1
+    assert run(*arguments, "--weights", weights, "--num-heads", 2) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert words in error
@@ -165,9 +171,9 @@ def test_mistakes_are_one_line(
 
 def test_missing_weights_and_unknown_models_are_errors(capsys, tmp_path):
     missing = tmp_path / "none.npz"
-    assert run("inspect", "--weights", missing) == 1
+    assert run("inspect", "--weights", missing) == 2
     assert str(missing) in capsys.readouterr().err
-    assert run("inspect", "--model", "DiT-XL/3") == 1
+    assert run("inspect", "--model", "DiT-XL/3") == 2
     assert "DiT-XL/2" in capsys.readouterr().err
 
 
@@ -213,9 +219,9 @@ def test_a_wrong_target_is_an_error_before_sampling(
     def sample(*arguments, **options):
         raise AssertionError("sampled")
 
-    monkeypatch.setattr(command, "sample", sample)
+    monkeypatch.setattr(sample_command, "sample", sample)
     base = ("sample", "--weights", weights, "--num-heads", 2, "--labels", 3)
-    assert run(*base, "--out", tmp_path / out) == 1
+    assert run(*base, "--out", tmp_path / out) == 2
 
 
 def test_a_folder_without_permission_is_an_error(monkeypatch, tmp_path):
@@ -249,5 +255,5 @@ def test_numbers_that_are_none_are_not_written(tmp_path):
 
 def test_a_png_without_pillow_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(ImportError, match="examples"):
+    with pytest.raises(ImportError, match="extra `dit`"):
         pictures.save_images(tmp_path / "a.png", np.zeros((1, 2, 2, 3), np.float32))

@@ -1,0 +1,257 @@
+"""The command `sample`: from weights and labels to a grid of pictures."""
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from fusionopt_jax._types import Params
+from fusionopt_jax.dit.cache.build import build_cache, strip_modulators
+from fusionopt_jax.dit.cache.request import distinct_labels
+from fusionopt_jax.dit.cache.size import cache_bytes, modulator_bytes, size_text
+from fusionopt_jax.dit.commands.labels import read_labels
+from fusionopt_jax.dit.commands.pipeline import label_names
+from fusionopt_jax.dit.commands.progress import progress_bar
+from fusionopt_jax.dit.commands.weights import add_weights, read_weights
+from fusionopt_jax.dit.config import DiTConfig
+from fusionopt_jax.dit.network.model import check_labels
+from fusionopt_jax.dit.pictures import check_target, save_images
+from fusionopt_jax.dit.sampling import METHODS, Sampler
+from fusionopt_jax.dit.sampling.sample import sample
+
+_METHODS = tuple(method.method for method in METHODS)
+
+_DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command.
+
+    Args:
+        parser: Of the command.
+    """
+    parser.set_defaults(prepare=prepare)
+    add_weights(parser, required=True)
+    add = parser.add_argument_group("pictures").add_argument
+    add(
+        "--labels",
+        required=True,
+        help="classes with commas between: numbers, such as 207,360, or names, if the "
+        "folder of the weights has them",
+    )
+    add("--count", type=int, default=1, help="images per label (default: 1)")
+    add("--seed", type=int, default=0, help="seed of the noise (default: 0)")
+    add(
+        "--out",
+        required=True,
+        type=pathlib.Path,
+        help="a .png grid, or .npy images",
+        metavar="FILE",
+    )
+    add(
+        "--columns",
+        type=int,
+        help="of the grid, which is filled column by column (default: one a label)",
+        metavar="N",
+    )
+    add = parser.add_argument_group("sampling").add_argument
+    add(
+        "--sampler",
+        type=_method,
+        choices=_METHODS,
+        default="ddim",
+        help=f"{', '.join(_METHODS)}, or how one of them begins; euler and heun are "
+        "for flow models (default: ddim)",
+        metavar="METHOD",
+    )
+    add(
+        "--steps",
+        default="50",
+        help="number, or a respacing such as ddim50 (default: 50)",
+    )
+    # Settings of some methods only: what is not given keeps the method's default.
+    add("--shift", type=float, help="time shift of euler and heun", metavar="S")
+    add("--eta", type=float, help="randomness of ddim, in [0, 1]")
+    add("--spacing", help="grid of dpm_solver_pp_2m: time or logsnr")
+    add(
+        "--clip",
+        action="store_true",
+        default=None,
+        help="cut predictions to [-1, 1]; for pixels",
+    )
+    add(
+        "--cfg",
+        "--cfg-scale",
+        type=float,
+        default=4.0,
+        help="guidance scale; 1 is none (default: 4)",
+        metavar="S",
+    )
+    add(
+        "--cfg-channels",
+        type=int,
+        choices=(3,),
+        help="guide only the first 3 channels, as the published code does",
+    )
+    add("--dtype", choices=tuple(_DTYPES), default="fp32", help="type of the products")
+    add(
+        "--cache",
+        action=argparse.BooleanOptionalAction,
+        help="replace the modulators by a cache, or compute them in every step; "
+        "without either, there is a cache where it is no larger than they are",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """All that sampling takes, checked.
+
+    Attributes:
+        options: The command line.
+        params: Of the model.
+        config: Its sizes.
+        labels: Of every image.
+        sampler: The walk.
+        columns: Of the grid.
+    """
+
+    options: argparse.Namespace
+    params: Params
+    config: DiTConfig
+    labels: Int[np.ndarray, " images"]
+    sampler: Sampler
+    columns: int
+
+    def __call__(self) -> None:
+        """Sample, and write the pictures."""
+        latents = self.sampled()
+        note = save_images(self.options.out, np.asarray(latents), columns=self.columns)
+        sys.stdout.write(f"{self.options.out}: {note}\n")
+
+    def sampled(self) -> Float[Array, "images height width channels"]:
+        """What the model makes of noise and labels."""
+        options, params, config = self.options, self.params, self.config
+        cache = None
+        times = self.sampler.eval_times()
+        if _wants_cache(options.cache, config, len(times), self.labels):
+            # The size was judged, or overruled, just before.
+            cache = build_cache(params, config, times, self.labels, force=True)
+            params = strip_modulators(params)
+        noise_key, step_key = jax.random.split(jax.random.key(options.seed))
+        size = config.input_size
+        shape = (len(self.labels), size, size, config.in_channels)
+        with progress_bar("sampling") as progress:
+            return sample(
+                params,
+                config,
+                cache,
+                jax.random.normal(noise_key, shape),
+                self.labels,
+                self.sampler,
+                options.cfg,
+                cfg_channels=options.cfg_channels,
+                key=step_key,
+                dtype=_DTYPES[options.dtype],
+                progress=progress,
+                donate=True,
+            )
+
+
+def prepare(options: argparse.Namespace) -> Callable[[], None]:
+    """Check all that is asked for and read the weights.
+
+    What costs nothing to check comes first, so that nobody waits for a file of
+    gigabytes to be told of a wrong ending.
+
+    Args:
+        options: With what `add_options` added.
+
+    Returns:
+        What samples and writes the pictures.
+
+    Raises:
+        ValueError: If a setting is wrong, does not fit the others, or the weights.
+        ImportError: If a package is missing.
+        OSError: If a file can't be read, or the pictures could not be written.
+    """
+    if options.count < 1:
+        raise ValueError(f"`--count` must be at least 1, got {options.count}.")
+    sampler = _sampler(options)
+    check_target(options.out)
+    names = label_names(options.weights)
+    labels = read_labels(options.labels, names.by_label, names.absence)
+    columns = len(labels) if options.columns is None else options.columns
+    images = len(labels) * options.count
+    if not 1 <= columns <= images:
+        raise ValueError(
+            f"`--columns` must lie between 1 and the {images} images, got {columns}."
+        )
+    params, config = read_weights(options)
+    check_labels(config, labels)
+    if options.cfg != 1.0 and not config.has_null_label:
+        raise ValueError(
+            "the model has no null label, which guidance needs; give `--cfg 1`."
+        )
+    if sampler.reads_variance and not config.learn_sigma:
+        sampler = dataclasses.replace(sampler, variance="fixed_small")
+    return Request(
+        options,
+        params,
+        config,
+        np.repeat(labels, options.count),
+        sampler,
+        columns,
+    )
+
+
+def _wants_cache(
+    asked: bool | None, config: DiTConfig, steps: int, labels: np.ndarray
+) -> bool:
+    """Whether to sample with a cache, and one line that says which and why."""
+    count = len(distinct_labels(config, labels))
+    size, modulators = cache_bytes(config, steps, count), modulator_bytes(config)
+    wanted = size <= modulators if asked is None else asked
+    reason = (
+        f"{steps} steps x {count} labels take {size_text(size)}, "
+        f"{'more' if size > modulators else 'no more'} than the "
+        f"{size_text(modulators)} of modulators that they replace"
+    )
+    if asked is not None:
+        reason = f"asked for; {reason}"
+    sys.stdout.write(f"{'cache' if wanted else 'no cache'}: {reason}\n")
+    return wanted
+
+
+def _method(text: str) -> str:
+    """The sampler whose name begins like this, if it is one."""
+    found = [name for name in _METHODS if name.startswith(text)]
+    return found[0] if len(found) == 1 else text
+
+
+def _sampler(options: argparse.Namespace) -> Sampler:
+    """The sampler that the options ask for."""
+    make = getattr(Sampler, options.sampler)
+    known = {field.name for field in dataclasses.fields(make) if field.init}
+    settings = {
+        name: value
+        for name in ("shift", "eta", "spacing", "clip")
+        if (value := getattr(options, name)) is not None
+    }
+    for name in settings.keys() - known:
+        raise ValueError(
+            f"`--{name}` has no effect on {options.sampler}; leave it out."
+        )
+    if "respacing" in known:
+        return make(respacing=options.steps, **settings)
+    if not options.steps.isdecimal():
+        raise ValueError(
+            f"`--steps` must be a whole number for {options.sampler}, got "
+            f"{options.steps!r}."
+        )
+    return make(steps=int(options.steps), **settings)

@@ -1,17 +1,27 @@
-r"""Samplers of a rectified flow: Euler and Heun.
+r"""Samplers of a rectified flow: Euler and Heun, in either direction of its time.
 
-The flow is :math:`x_t = (1-t)\,x_0 + t\,\epsilon` for :math:`t` from 1 (noise) to 0.
-The network predicts its velocity :math:`v = \mathrm dx/\mathrm dt = \epsilon - x_0`.
+The flow joins noise and image by a straight line, along which the network predicts the
+velocity :math:`v = \mathrm dx/\mathrm dt`. Two conventions are published:
+
+.. math::
+    \text{noise at one:}\quad x_t &= (1-t)\,x_0 + t\,\epsilon, & v &= \epsilon - x_0,
+        & t &: 1 \to 0 \\
+    \text{data at one:}\quad x_t &= t\,x_0 + (1-t)\,\epsilon, & v &= x_0 - \epsilon,
+        & t &: 0 \to 1
+
+with the image :math:`x_0` and the noise :math:`\epsilon`. They describe the same line:
+a network of one, given :math:`1-t` and its sign changed, is a network of the other.
 
 Source:
     Liu et al. 2023, "Flow Straight and Fast", algorithm 1 (Euler); Karras et al. 2022,
     "Elucidating the Design Space of Diffusion-Based Generative Models", algorithm 1
     (Heun); Esser et al. 2024, "Scaling Rectified Flow Transformers", equation 23 (the
-    shift).
+    shift). Noise at one is the convention of Esser et al. and of REPA (Yu et al. 2025);
+    data at one that of Liu et al. and of SiT (Ma et al. 2024).
 """
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 from jaxtyping import Array
@@ -22,16 +32,19 @@ from fusionopt_jax.dit.sampling.sampler import At, Factor, Predict, Sampler, Ste
 FLOW_TIME_SCALE = 1000.0
 """What a flow time in [0, 1] is multiplied by before the network sees it."""
 
+Convention: TypeAlias = Literal["noise_at_one", "data_at_one"]
+"""Which end of the line is t = 1, and with it the sign of the velocity."""
+
 
 class FlowCoefficients(NamedTuple):
-    """Each of shape [steps].
+    """Each of shape [steps]; negative where the noise is at one.
 
     Attributes:
-        t: The flow's time.
-        dt: Its change over the step, negative.
+        left: The change of the flow's time from here to the image.
+        dt: Its change over the step.
     """
 
-    t: Factor
+    left: Factor
     dt: Factor
 
 
@@ -39,28 +52,36 @@ class _Flow(Sampler):
     """What Euler and Heun share: the time grid."""
 
     shift: float
+    convention: Convention
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        flow_times(self.steps, self.shift)
+        self._times()
+
+    def _times(self) -> np.ndarray:
+        """The starts of the steps and the end."""
+        return flow_times(self.steps, self.shift, self.convention)
 
     def coefficients(self) -> FlowCoefficients:
-        """Times and their changes; see `Sampler.coefficients`."""
-        times = flow_times(self.steps, self.shift)
-        return FlowCoefficients(t=times[:-1], dt=np.diff(times))
+        """Changes of the time; see `Sampler.coefficients`."""
+        times = self._times()
+        return FlowCoefficients(left=times[-1] - times[:-1], dt=np.diff(times))
 
 
 @dataclasses.dataclass(frozen=True)
 class Euler(_Flow):
     r"""Euler steps along a rectified flow.
 
-    :math:`x_{i+1} = x_i + (t_{i+1}-t_i)\,v(x_i, t_i)`, from :math:`t=1` to 0. The clean
-    image that a velocity implies is :math:`\hat x_0 = x_i - t_i\,v`.
+    :math:`x_{i+1} = x_i + (t_{i+1}-t_i)\,v(x_i, t_i)`, from the noise to the image. The
+    clean image that a velocity implies is :math:`\hat x_0 = x_i + (t_N-t_i)\,v`.
 
     Attributes:
-        steps: Number of steps, and of evaluations.
+        steps: Number of steps, and of evaluations. SiT's `num_steps` counts the points
+            of the grid, one more; REPA's counts steps.
         shift: Positive; above 1, more of the steps lie near the noise. See
             `flow_times`.
+        convention: "noise_at_one" for models that predict noise minus image (those of
+            `rectified_flow_loss`, REPA); "data_at_one" for image minus noise (SiT).
 
     Raises:
         ValueError: If a setting is out of range.
@@ -68,6 +89,8 @@ class Euler(_Flow):
     Example:
         >>> Euler(steps=2).eval_times().tolist()
         [1000.0, 500.0]
+        >>> Euler(steps=2, convention="data_at_one").eval_times().tolist()
+        [0.0, 500.0]
 
     Source:
         Liu et al. 2023, "Flow Straight and Fast", algorithm 1.
@@ -76,17 +99,17 @@ class Euler(_Flow):
     method: ClassVar[str] = "euler"
     steps: int = 50
     shift: float = 1.0
+    convention: Convention = "noise_at_one"
 
     def host_times(self) -> np.ndarray:
         """The starts of the steps; see `Sampler.host_times`."""
-        times = flow_times(self.steps, self.shift)[:-1]
-        return (times * FLOW_TIME_SCALE).astype(np.float32)
+        return (self._times()[:-1] * FLOW_TIME_SCALE).astype(np.float32)
 
     def step(self, predict: Predict, x: Array, at: At) -> Step:
         """Follow the velocity; see `Sampler.step`."""
-        t, dt = at.coefficients
+        left, dt = at.coefficients
         v = predict(x).value
-        return Step(x + dt * v, clean=x - t * v)
+        return Step(x + dt * v, clean=x + left * v)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,13 +118,16 @@ class Heun(_Flow):
 
     :math:`x_{i+1} = x_i + \tfrac12(t_{i+1}-t_i)\,(v(x_i,t_i)+v(x'_{i+1},t_{i+1}))` with
     the Euler prediction :math:`x'_{i+1}`. The last step is a full one as well: a
-    velocity, unlike a score over a noise level, is finite at :math:`t=0`. So there are
-    `steps + 1` distinct times, the last of which is 0.
+    velocity, unlike a score over a noise level, is finite at the image. So there are
+    `steps + 1` distinct times, the last of which is the image's.
 
     Attributes:
-        steps: Number of steps; there are twice as many evaluations.
+        steps: Number of steps; there are twice as many evaluations. SiT's `num_steps`
+            counts the points of the grid, one more; REPA's counts steps.
         shift: Positive; above 1, more of the steps lie near the noise. See
             `flow_times`.
+        convention: "noise_at_one" for models that predict noise minus image (those of
+            `rectified_flow_loss`, REPA); "data_at_one" for image minus noise (SiT).
 
     Raises:
         ValueError: If a setting is out of range.
@@ -109,44 +135,53 @@ class Heun(_Flow):
     Example:
         >>> Heun(steps=2).eval_times().tolist()
         [1000.0, 500.0, 0.0]
+        >>> Heun(steps=2, convention="data_at_one").eval_times().tolist()
+        [0.0, 500.0, 1000.0]
 
     Source:
         Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative
         Models", algorithm 1, which falls back to Euler in the last step where this does
-        not.
+        not. SiT's code ("heun2") corrects the last step as this does; REPA's does not.
     """
 
     method: ClassVar[str] = "heun"
-    looks_ahead: ClassVar[bool] = True
     steps: int = 25
     shift: float = 1.0
+    convention: Convention = "noise_at_one"
+
+    @property
+    def looks_ahead(self) -> bool:
+        """True: a step also evaluates the network at its end."""
+        return True
 
     def host_times(self) -> np.ndarray:
         """The starts of the steps and the end; see `Sampler.host_times`."""
-        times = flow_times(self.steps, self.shift)
-        return (times * FLOW_TIME_SCALE).astype(np.float32)
+        return (self._times() * FLOW_TIME_SCALE).astype(np.float32)
 
     def step(self, predict: Predict, x: Array, at: At) -> Step:
         """Predict with the velocity here, correct with the one there."""
-        t, dt = at.coefficients
+        left, dt = at.coefficients
         v = predict(x).value
         v_ahead = predict(x + dt * v, 1).value
-        return Step(x + dt * (0.5 * (v + v_ahead)), clean=x - t * v)
+        return Step(x + dt * (0.5 * (v + v_ahead)), clean=x + left * v)
 
 
-def flow_times(steps: int, shift: float = 1.0) -> np.ndarray:
+def flow_times(
+    steps: int, shift: float = 1.0, convention: Convention = "noise_at_one"
+) -> np.ndarray:
     r"""The time grid of a rectified flow, from noise to image.
 
     :math:`t_i = s\,u_i/(1+(s-1)\,u_i)` with :math:`u_i = 1-i/N`, where :math:`N` is
-    `steps` and :math:`s` is `shift`.
+    `steps` and :math:`s` is `shift`; with the data at one, 1 minus that.
 
     Args:
         steps: Number of steps, at least 1.
         shift: Positive; above 1 it spends more steps near the noise, which larger
             images need. The default leaves the grid even.
+        convention: Which end is 1, the noise or the data.
 
     Returns:
-        Float64 of shape [steps + 1], from 1 to 0.
+        Float64 of shape [steps + 1], from 1 to 0, or from 0 to 1 with the data at one.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -154,11 +189,16 @@ def flow_times(steps: int, shift: float = 1.0) -> np.ndarray:
     Example:
         >>> flow_times(4).tolist(), flow_times(2, shift=3.0).tolist()
         ([1.0, 0.75, 0.5, 0.25, 0.0], [1.0, 0.75, 0.0])
+        >>> flow_times(2, 3.0, "data_at_one").tolist()
+        [0.0, 0.25, 1.0]
 
     Source:
         Esser et al. 2024, "Scaling Rectified Flow Transformers", equation 23.
     """
     _checks.check_integer("steps", steps, low=1)
     _checks.check_positive("shift", shift)
-    even = 1.0 - np.arange(steps + 1) / steps
-    return shift * even / (1.0 + (shift - 1.0) * even)
+    _checks.check_choice("convention", convention, get_args(Convention))
+    done = np.arange(steps + 1) / steps
+    even = 1.0 - done
+    stretch = 1.0 + (shift - 1.0) * even
+    return (shift * even if convention == "noise_at_one" else done) / stretch

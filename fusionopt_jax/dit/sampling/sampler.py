@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fusionopt_jax.dit.sampling.ddpm import DDPM
     from fusionopt_jax.dit.sampling.dpm_solver import DPMSolverPP2M
     from fusionopt_jax.dit.sampling.flow import Euler, Heun
+    from fusionopt_jax.dit.sampling.sit import SiTSDE
 
 
 Factor: TypeAlias = Any
@@ -78,10 +79,11 @@ class Step(NamedTuple):
 class Sampler(abc.ABC):
     r"""How to walk from noise to an image, and at which times to ask the network.
 
-    Build one with `Sampler.euler`, `heun`, `ddpm`, `ddim` or `dpm_solver_pp_2m`, which
-    are the classes below by their short names. `euler` and `heun` expect a network that
-    predicts a velocity :math:`v = \epsilon - x_0`; the others one that predicts the
-    noise :math:`\epsilon`.
+    Build one with `Sampler.euler`, `heun`, `sit_sde`, `ddpm`, `ddim` or
+    `dpm_solver_pp_2m`, which are the classes below by their short names. The first
+    three expect a network that predicts a velocity, :math:`v = \epsilon - x_0` or its
+    negative as their `convention` says; the others one that predicts the noise
+    :math:`\epsilon`.
 
     A sampler of your own is a frozen dataclass derived from this one, with `method`,
     `steps`, `host_times`, `coefficients` and `step`; `sample`, `run_sampler` and
@@ -101,6 +103,7 @@ class Sampler(abc.ABC):
 
     euler: ClassVar[type["Euler"]]
     heun: ClassVar[type["Heun"]]
+    sit_sde: ClassVar[type["SiTSDE"]]
     ddpm: ClassVar[type["DDPM"]]
     ddim: ClassVar[type["DDIM"]]
     dpm_solver_pp_2m: ClassVar[type["DPMSolverPP2M"]]
@@ -108,11 +111,15 @@ class Sampler(abc.ABC):
     method: ClassVar[str]
     """The short name, for messages and records."""
 
-    looks_ahead: ClassVar[bool] = False
-    """Whether a step evaluates the network at the next step's time too; there is then
-    one time more than there are steps."""
-
     steps: int
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a step evaluates the network at the next step's time too.
+
+        There is then one time more than there are steps.
+        """
+        return False
 
     @property
     def is_random(self) -> bool:

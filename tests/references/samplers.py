@@ -4,6 +4,7 @@ Nothing is precomputed: each step forms its conditional Gaussian by Bayes' rule 
 exponential integral from the formula, so that a wrong coefficient table can't hide.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -136,3 +137,79 @@ def gaussian_velocity(image, time, deviation):
 def gaussian_noise(image, bar, deviation):
     """The noise that is expected in a noisy image of an N(0, deviation^2) image."""
     return image * (1.0 - bar) ** 0.5 / (bar * deviation**2 + 1.0 - bar)
+
+
+def linear_velocity(image, time, deviation, mean=0.0):
+    """Velocity image - noise of the line from unit noise (0) to N(mean, dev^2) (1).
+
+    The expected image and the expected noise, given their mixture, are those of
+    Gaussian regression.
+    """
+    variance = time**2 * deviation**2 + (1.0 - time) ** 2
+    surprise = (image - time * mean) / variance
+    expected_image = mean + time * deviation**2 * surprise
+    expected_noise = (1.0 - time) * surprise
+    return expected_image - expected_noise
+
+
+def heun_flow(velocity, image, times, correct_last=True):
+    """Heun along a velocity over `times`; returns every state."""
+    states = []
+    for index, (here, there) in enumerate(itertools.pairwise(times)):
+        slope = velocity(image, here)
+        guess = image + (there - here) * slope
+        if correct_last or index < len(times) - 2:
+            slope = (slope + velocity(guess, there)) / 2.0
+        image = image + (there - here) * slope
+        states.append(image)
+    return states
+
+
+def sit_diffusion(form, norm, time):
+    """The diffusion w of SiT's stochastic sampler, by SiT's names."""
+    return {
+        "constant": norm,
+        "sigma": norm * (1.0 - time),
+        "linear": norm * (1.0 - time),
+        "decreasing": 0.25 * (norm * math.cos(math.pi * time) + 1.0) ** 2,
+    }[form]
+
+
+def sit_stochastic(velocity, image, noises, sampler):
+    """SiT's stochastic sampler in its own direction of time; returns every state.
+
+    `noises` has one for each noisy step. Velocity and score are asked for apart, as in
+    the paper's equations.
+    """
+
+    def score(x, t):
+        return (t * velocity(x, t) - x) / (1.0 - t)
+
+    def drift(x, t):
+        return velocity(x, t) + diffusion(t) * score(x, t)
+
+    def diffusion(t):
+        return sit_diffusion(sampler.diffusion, sampler.norm, t)
+
+    size = 0.0 if sampler.last_step is None else sampler.last_step_size
+    times = np.linspace(0.0, 1.0 - size, len(noises) + 1)
+    states, x = [], image
+    for here, there, noise in zip(times[:-1], times[1:], noises, strict=True):
+        dt = there - here
+        wiener = math.sqrt(dt) * noise
+        if sampler.solver == "euler":
+            x = x + drift(x, here) * dt + math.sqrt(2.0 * diffusion(here)) * wiener
+        else:
+            x = x + math.sqrt(2.0 * diffusion(here)) * wiener
+            first = drift(x, here)
+            second = drift(x + dt * first, there)
+            x = x + dt * (first + second) / 2.0
+        states.append(x)
+    last = times[-1]
+    if sampler.last_step == "mean":
+        states.append(x + drift(x, last) * size)
+    elif sampler.last_step == "euler":
+        states.append(x + velocity(x, last) * size)
+    elif sampler.last_step == "tweedie":
+        states.append(x / last + (1.0 - last) ** 2 / last * score(x, last))
+    return states

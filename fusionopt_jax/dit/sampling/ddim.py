@@ -51,8 +51,9 @@ class DDIM(Sampler):
     head this module. It is faster than DDPM only through fewer steps.
 
     Attributes:
-        respacing: The grid: 50 or "50" evenly, "ddim50" by an integer stride, or one
-            count per section such as "10,10,30"; see `schedules.respace`.
+        respacing: The grid: 50 or "50" evenly, "ddim50" by an integer stride,
+            "leading50" as diffusers does, or one count per section such as "10,10,30";
+            see `schedules.respace`.
         eta: In [0, 1]; above 0 it needs a `key`.
         clip: Whether each prediction of the clean image is cut to [-1, 1]; for pixels.
             The noise is then derived anew from the cut prediction.
@@ -67,7 +68,9 @@ class DDIM(Sampler):
         [800.0, 600.0, 400.0, 200.0, 0.0]
 
     Source:
-        Song et al. 2021, equation 12.
+        Song et al. 2021, equation 12. The pipeline of diffusers takes the same steps
+        with its "leading" grid, the last of them to the clean image
+        (`set_alpha_to_one`), and guides every channel.
     """
 
     method: ClassVar[str] = "ddim"

@@ -62,8 +62,9 @@ class DDPM(Sampler):
     a `key`.
 
     Attributes:
-        respacing: The grid: 250 or "250" evenly, "ddim50" by an integer stride, or one
-            count per section such as "10,10,30"; see `schedules.respace`.
+        respacing: The grid: 250 or "250" evenly, "ddim50" by an integer stride,
+            "leading50" as diffusers does, or one count per section such as "10,10,30";
+            see `schedules.respace`.
         variance: "learned_range" for networks that predict it (the published ones);
             "fixed_small" or "fixed_large" for the others.
         clip: Whether each prediction of the clean image is cut to [-1, 1]. Right for

@@ -56,11 +56,14 @@ def linear_alpha_bars(steps: int = TRAINING_STEPS) -> np.ndarray:
 def respace(respacing: str | int, steps: int = TRAINING_STEPS) -> np.ndarray:
     """The times that a shortened diffusion visits, in rising order.
 
-    Three forms. `250` or `"250"` spreads that many times evenly from the first to the
+    Four forms. `250` or `"250"` spreads that many times evenly from the first to the
     last. `"10,20,30"` cuts the times into equal sections and spreads a count over each.
     `"ddim50"` strides by an integer from time 0, so it never reaches the last time. The
     first and the third are different grids: 10 steps are 0, 111, ..., 999 in the first
-    form and 0, 100, ..., 900 in the third.
+    form and 0, 100, ..., 900 in the third. `"leading30"` is the default grid of
+    diffusers: 30 multiples of 1000 // 30, from time 0. It is the third form where the
+    count divides `steps`; where not, it stops early (at 957, not 986) and serves every
+    count.
 
     Args:
         respacing: The grid as above, at most `steps` times.
@@ -77,10 +80,14 @@ def respace(respacing: str | int, steps: int = TRAINING_STEPS) -> np.ndarray:
     Example:
         >>> respace("5").tolist(), respace("ddim5").tolist()
         ([0, 250, 500, 749, 999], [0, 200, 400, 600, 800])
+        >>> respace("leading3").tolist()
+        [0, 333, 666]
 
     Source:
         Nichol & Dhariwal 2021, "Improved Denoising Diffusion Probabilistic Models",
-        section 4; the DDIM form after Song et al. 2021, appendix D.2.
+        section 4; the DDIM form after Song et al. 2021, appendix D.2; "leading" after
+        Lin et al. 2024, "Common Diffusion Noise Schedules and Sample Steps Are Flawed",
+        table 2.
     """
     if isinstance(respacing, bool) or not isinstance(respacing, str | int):
         raise TypeError(
@@ -90,17 +97,17 @@ def respace(respacing: str | int, steps: int = TRAINING_STEPS) -> np.ndarray:
     text = str(respacing).strip()
     if text.startswith("ddim"):
         return _strided(_count(text[len("ddim") :], text), steps)
+    if text.startswith("leading"):
+        count = _count(text[len("leading") :], text)
+        _check_fits(count, steps, text)
+        return np.arange(count, dtype=np.int64) * (steps // count)
     counts = [_count(part, text) for part in text.split(",")]
     size, extra = divmod(steps, len(counts))
     pieces = []
     start = 0
     for section, count in enumerate(counts):
         length = size + (1 if section < extra else 0)
-        if count > length:
-            raise ValueError(
-                f"`respacing` {text!r} asks for {count} of {length} times; ask for at "
-                f"most {length}."
-            )
+        _check_fits(count, length, text)
         stride = (length - 1) / (count - 1) if count > 1 else 1.0
         # Published code adds the stride up; the sum, not a product, decides how an
         # exact half rounds, and with it which weights a time sees.
@@ -159,9 +166,19 @@ def _count(part: str, text: str) -> int:
     digits = part.strip()
     if not digits.isdecimal() or int(digits) < 1:
         raise ValueError(
-            f"`respacing` must look like '250', '10,20,30' or 'ddim50', got {text!r}."
+            "`respacing` must look like '250', '10,20,30', 'ddim50' or 'leading50', "
+            f"got {text!r}."
         )
     return int(digits)
+
+
+def _check_fits(count: int, length: int, text: str) -> None:
+    """Require that there are as many times as are asked for."""
+    if count > length:
+        raise ValueError(
+            f"`respacing` {text!r} asks for {count} of {length} times; ask for at "
+            f"most {length}."
+        )
 
 
 def _strided(count: int, steps: int) -> np.ndarray:

@@ -53,6 +53,15 @@ def test_250_and_ddim50_are_different_kinds_of_grid():
     assert schedules.respace("ddim50").tolist() == list(range(0, 1000, 20))
 
 
+@pytest.mark.parametrize("count", [1, 3, 30, 50, 700, 1000])
+def test_the_leading_grid_is_multiples_of_a_stride(count):
+    stride = math.floor(1000 / count)
+    expected = [stride * index for index in range(count)]
+    assert schedules.respace(f"leading{count}").tolist() == expected
+    if 1000 % count == 0:
+        assert schedules.respace(f"ddim{count}").tolist() == expected
+
+
 def test_sections_get_their_own_counts():
     times = schedules.respace("2,3,4")
     assert len(times) == 9
@@ -67,6 +76,8 @@ def test_sections_get_their_own_counts():
     ("respacing", "error", "words"),
     [
         ("ddim3x", ValueError, "must look like"),
+        ("leading", ValueError, "must look like"),
+        ("leading1001", ValueError, "1001 of 1000"),
         ("", ValueError, "must look like"),
         ("0", ValueError, "must look like"),
         ("1001", ValueError, "1001 of 1000"),

@@ -3,6 +3,12 @@
 import collections
 import importlib
 import pkgutil
+import re
+
+from docutils import nodes
+from docutils.utils.math import MathError, latex2mathml
+from sphinx import addnodes
+from sphinx.util import logging
 
 import fusionopt_jax
 
@@ -15,7 +21,6 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.doctest",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
@@ -23,6 +28,9 @@ myst_enable_extensions = ["amsmath", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build"]
+
+# What stands in single backticks is code, and a link where it is a public name.
+default_role = "py:obj"
 
 # NamedTuple fields are listed once, from the Attributes section.
 napoleon_use_ivar = True
@@ -35,7 +43,13 @@ doctest_test_doctest_blocks = ""
 
 html_theme = "furo"
 html_title = "fusionopt_jax"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+# Formulas are part of the page, and need neither a network nor a script.
+html_math_renderer = "mathml"
 
+_MODULE = re.compile(r"~?\b(jaxtyping|(jax\.)?jaxlib\._jax|collections\.abc)\.")
+_LOGGER = logging.getLogger(__name__)
 _FIELD = type(collections.namedtuple("_Example", "field").field)
 
 
@@ -63,6 +77,40 @@ def _append_states(_app, docname, source):
     source[0] += f"\n## States\n\n```{{eval-rst}}\n{blocks}\n```\n"
 
 
+def _shorten_types(_app, doctree):
+    """Types as the source spells them, without the modules they come from."""
+    for description in doctree.findall(addnodes.desc):
+        for text in list(description.findall(nodes.Text)):
+            short = _MODULE.sub("", text)
+            # What napoleon calls the attributes of a named tuple.
+            short = "Fields" if short == "Variables" else short
+            if short != text:
+                text.parent.replace(text, nodes.Text(short))
+
+
+def _mathml(node, as_block):
+    """A formula as MathML; what docutils can't read is a warning with its place."""
+    try:
+        return latex2mathml.tex2mathml(node.astext(), as_block=as_block)
+    except MathError as error:
+        _LOGGER.warning("%s in %s", error, node.astext(), location=node)
+        return ""
+
+
+def _visit_math(translator, node):
+    translator.body.append(_mathml(node, as_block=False))
+    raise nodes.SkipNode
+
+
+def _visit_math_block(translator, node):
+    translator.body.append(translator.starttag(node, "div", CLASS="formula"))
+    translator.body.append(_mathml(node, as_block=True))
+    translator.body.append("</div>\n")
+    raise nodes.SkipNode
+
+
 def setup(app):
+    app.add_html_math_renderer("mathml", (_visit_math, None), (_visit_math_block, None))
     app.connect("autodoc-skip-member", _skip_field)
     app.connect("source-read", _append_states)
+    app.connect("doctree-read", _shorten_types)

@@ -39,7 +39,7 @@ def save(
         about: Anything else to keep that JSON can hold, such as a configuration.
 
     Returns:
-        Whether it was written: not if the manager's options skip this step.
+        Whether it was written; it is not if the manager's options skip this step.
 
     Raises:
         ValueError: If the routing doesn't fit the parameters.

@@ -118,7 +118,7 @@ def picture_grid(
         columns: Number of columns.
 
     Returns:
-        Bytes, [rows * (height + 1) - 1, columns * (width + 1) - 1, 3]: a line one pixel
+        Bytes, [rows * (height + 1) - 1, columns * (width + 1) - 1, 3]. A line one pixel
         wide lies between the images.
 
     Example:

@@ -113,7 +113,7 @@ def fusion_opt(
             momentum and Shampoo), `"ns5"`, `"normuon"` and, for the rest, `"adam"`.
 
     Returns:
-        A complete optimiser: its updates are to be added by `optax.apply_updates`. Its
+        A complete optimiser, whose updates are added by `optax.apply_updates`. Its
         update takes the loss as `value=` unless `polyak_rule` is `None`.
 
     Raises:

@@ -106,7 +106,7 @@ def kl_shampoo_torch(
         routing: Where the matrices of a leaf come from; without one, the last two axes.
 
     Returns:
-        A complete optimiser of leaves that are matrices: its updates are to be added by
+        A complete optimiser of leaves that are matrices. Its updates are to be added by
         `optax.apply_updates`, and its update needs `params`.
 
     Raises:

@@ -103,7 +103,7 @@ def fusion_opt_torch(
         R \leftarrow \beta_k R + (1-\beta_k)\, g^\top g \\
         U &= \sqrt{\max(1, \text{out}/\text{in})}\;
         \operatorname{NS}_5\bigl((L+\delta I)^{-1/4}\, m\, (R+\delta I)^{-1/4}\bigr) \\
-        r &\leftarrow \beta_r r + (1-\beta_r) \textstyle\sum_\text{in} U^2, \qquad
+        r &\leftarrow \beta_r r + (1-\beta_r) {\textstyle\sum_\text{in} U^2}, \qquad
         u = U / \sqrt{\max(r, 10^{-12})}
 
     and :math:`u` of Adam for the rest. Then, with

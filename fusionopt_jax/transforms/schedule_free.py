@@ -3,7 +3,7 @@ r"""Schedule-Free averaging around any direction.
 .. math::
     z_{t+1} &= z_t - \gamma_t u_t \\
     x_{t+1} &= (1 - c_t)\,x_t + c_t\,z_{t+1}, \qquad
-    c_t = w_t / \textstyle\sum_{i \le t} w_i, \quad
+    c_t = w_t / {\textstyle\sum_{i \le t} w_i}, \quad
     w_t = (t+1)^r \, (\max_{i \le t} \gamma_i)^p \\
     y_{t+1} &= (1 - \beta_t)\,z_{t+1} + \beta_t\,x_{t+1}
 """
@@ -60,7 +60,7 @@ def schedule_free(
         z &\leftarrow z - \gamma_t u, \qquad
         x \leftarrow (1 - c_t)\,x + c_t z, \qquad
         y \leftarrow (1 - \beta_t)\,z + \beta_t x \\
-        c_t &= w_t / \textstyle\sum_{i \le t} w_i, \qquad
+        c_t &= w_t / {\textstyle\sum_{i \le t} w_i}, \qquad
         w_t = (t+1)^r \, (\max_{i \le t} \gamma_i)^p
 
     where :math:`\gamma_t` is `learning_rate` times the extra argument `step_size`, if

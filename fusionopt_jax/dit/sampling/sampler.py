@@ -143,7 +143,7 @@ class Sampler(abc.ABC):
         """Every time at which the network is evaluated, in order and once each.
 
         Returns:
-            Float32 of shape [times], in the units that the network sees: 0 to 999 for a
+            Float32 of shape [times], in the units that the network sees, 0 to 999 for a
             diffusion model, 1000 times the flow's time otherwise.
 
         Example:

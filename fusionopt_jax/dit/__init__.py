@@ -14,6 +14,7 @@ except ImportError as error:
         name=__name__,
     ) from error
 
+from fusionopt_jax.dit import latents
 from fusionopt_jax.dit.cache.build import build_cache, strip_modulators
 from fusionopt_jax.dit.cache.dit import TimeConditioningCache
 from fusionopt_jax.dit.cache.own_model import ModulatorTable
@@ -58,6 +59,7 @@ __all__ = [
     "from_pytorch",
     "get_or_build_cache",
     "init_params",
+    "latents",
     "load_sampler",
     "modulator_bytes",
     "rectified_flow_loss",

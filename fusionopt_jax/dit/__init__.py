@@ -34,6 +34,7 @@ from fusionopt_jax.dit.sampling.guidance import apply_with_guidance
 from fusionopt_jax.dit.sampling.loop import Samples, run_sampler
 from fusionopt_jax.dit.sampling.sample import sample
 from fusionopt_jax.dit.sampling.sampler import Sampler
+from fusionopt_jax.dit.sampling.step_cache import Remembering, StepCache
 from fusionopt_jax.dit.weights.pytorch import from_pytorch, to_pytorch
 
 del _flax
@@ -45,9 +46,11 @@ __all__ = [
     "DiTConfig",
     "ExportedSampler",
     "ModulatorTable",
+    "Remembering",
     "Sampler",
     "Samples",
     "StaleCacheError",
+    "StepCache",
     "TimeConditioningCache",
     "apply",
     "apply_with_guidance",

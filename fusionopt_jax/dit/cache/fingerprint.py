@@ -1,7 +1,7 @@
 """A short integer per weight that a cache depends on, to tell other weights."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +9,7 @@ from jax.core import Tracer
 from jaxtyping import Array, UInt32
 
 from fusionopt_jax._digest import array_digest
+from fusionopt_jax._paths import named_leaves
 from fusionopt_jax._types import Params
 from fusionopt_jax.dit.network.modulation import MODULATED, MODULATOR
 
@@ -22,6 +23,9 @@ PARTS: tuple[tuple[str, ...], ...] = (
 )
 """Every weight that a cache depends on; the row order of a fingerprint."""
 
+WeightDigests: TypeAlias = tuple[tuple[str, tuple[int, int]], ...]
+"""Names and digests of weights, hashable."""
+
 DIGEST = "fingerprint"
 """Name under which stripped parameters keep the digests of what was taken out."""
 
@@ -32,6 +36,29 @@ def fingerprint(params: Params) -> UInt32[Array | np.ndarray, "parts 2"]:
     They are on the host, or traced where any of the weights is.
     """
     return stacked([_part_digest(params, path) for path in PARTS])
+
+
+def weight_digests(params: Params) -> WeightDigests | None:
+    """The digest of every weight by its name, stripped or not; None if one is traced.
+
+    Example:
+        >>> from fusionopt_jax.dit import DiTConfig, init_params, strip_modulators
+        >>> config = DiTConfig(input_size=4, hidden_size=32, depth=1, num_heads=2)
+        >>> params = init_params(config)
+        >>> digests = weight_digests(params)
+        >>> digests == weight_digests(strip_modulators(params)), digests[0][0]
+        (True, 't_embedder/fc1/kernel')
+    """
+    leaves = named_leaves(params)
+    if any(isinstance(leaf, Tracer) for _, leaf in leaves):
+        return None
+    digests = {"/".join(path): _part_digest(params, path) for path in PARTS}
+    for name, leaf in leaves:
+        if name not in digests and name.split("/")[-1] != DIGEST:
+            digests[name] = array_digest(leaf)
+    return tuple(
+        (name, (int(digest[0]), int(digest[1]))) for name, digest in digests.items()
+    )
 
 
 def stacked(digests: list[Any]) -> UInt32[Array | np.ndarray, "parts 2"]:

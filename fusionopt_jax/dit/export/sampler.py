@@ -29,8 +29,9 @@ from fusionopt_jax.dit.network.modulation import replace_modulators
 from fusionopt_jax.dit.sampling.denoiser import cached_tables, denoiser
 from fusionopt_jax.dit.sampling.guidance import Guidance, GuidedChannels
 from fusionopt_jax.dit.sampling.loop import run_sampler
-from fusionopt_jax.dit.sampling.sample import check_variance
+from fusionopt_jax.dit.sampling.sample import check_variance, planned
 from fusionopt_jax.dit.sampling.sampler import Sampler
+from fusionopt_jax.dit.sampling.step_cache import StepCache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +39,8 @@ class ExportedSampler:
     """A sampler read from a file; call it with noise and labels.
 
     Attributes:
-        signature: What the file says of itself: labels, times, sampler, sizes,
-            platforms.
+        signature: What the file says of itself: labels, times, sampler, step cache,
+            sizes, platforms.
         arrays: Weights and cache, in the order of the program's arguments.
         program: The compiled form, called with the arrays before the inputs.
     """
@@ -47,6 +48,13 @@ class ExportedSampler:
     signature: dict[str, Any]
     arrays: list[Array]
     program: Callable[..., Array]
+
+    @property
+    def step_cache(self) -> StepCache | None:
+        """The step cache that the file samples with; None if it skips nothing."""
+        # Files of versions that had none do not say so.
+        masks = self.signature.get("step_cache")
+        return None if masks is None else StepCache(**masks)
 
     def __call__(
         self,
@@ -118,6 +126,7 @@ def export_sampler(
     guided: bool = True,
     cfg_channels: GuidedChannels = None,
     guidance_interval: tuple[float, float] | None = None,
+    step_cache: StepCache | None = None,
     batch_size: int | None = None,
     platforms: Sequence[str] = ("cpu", "cuda"),
     dtype: DTypeLike = jnp.float32,
@@ -137,15 +146,16 @@ def export_sampler(
             stays an input.
         cfg_channels: As for `sample`.
         guidance_interval: As for `sample`.
+        step_cache: As for `sample`; it becomes part of the program.
         batch_size: Number of images per call; None leaves it open.
         platforms: Names that `jax.export` knows; no such device needs to be here.
         dtype: Type of the operands of the large products.
 
     Raises:
         StaleCacheError: If the cache was made for other weights or times, or lacks the
-            null label that guidance needs.
-        ValueError: If a setting is out of range, or the sampler reads a variance that
-            the model does not predict.
+            null label that guidance needs, or the step cache was chosen for others.
+        ValueError: If a setting is out of range, the sampler reads a variance that the
+            model does not predict, or the step cache is for another number of steps.
 
     Example:
         >>> import pathlib, tempfile
@@ -172,6 +182,7 @@ def export_sampler(
         )
     null = [config.null_label] if guided else None
     cache.check(params, config, times=sampler.host_times(), labels=null)
+    plans = planned(step_cache, params, config, sampler, guidance if guided else None)
     named, rebuild = _arrays_of(as_dict(params), cache)
 
     def program(
@@ -195,7 +206,12 @@ def export_sampler(
         )
         conditions = cached_tables(table, sampler)
         return run_sampler(
-            sampler, denoise, noise, conditions=conditions, key=key
+            sampler,
+            denoise,
+            noise,
+            conditions=conditions,
+            step_cache=plans,
+            key=key,
         ).images
 
     image_shape = (config.input_size, config.input_size, config.in_channels)
@@ -222,6 +238,7 @@ def export_sampler(
         "needs_key": sampler.is_random,
         "model_times": sampler.host_times().tolist(),
         "sampler": {"method": sampler.method, **dataclasses.asdict(sampler)},
+        "step_cache": None if plans is None else _masks(step_cache),
         "config": dataclasses.asdict(config),
     }
     write_archive(path, signature, exported, named)
@@ -274,6 +291,12 @@ def _arrays_of(
         )
 
     return list(zip(names, leaves, strict=True)), rebuild
+
+
+def _masks(step_cache: StepCache) -> dict[str, Any]:
+    """What a step cache does, without what it was chosen for."""
+    names = ("mask", "attention", "mlp", "order")
+    return {name: getattr(step_cache, name) for name in names}
 
 
 def _key_data(key: PRNGKeyArray) -> Array:

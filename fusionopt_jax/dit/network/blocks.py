@@ -1,6 +1,6 @@
 """The transformer block and the final layer, as parameters and as functions of them."""
 
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from fusionopt_jax.dit.network.modulation import (
     Modulation,
     modulate,
 )
+from fusionopt_jax.dit.network.residuals import EXACT, Plan
 
 AttentionKernel: TypeAlias = Literal["xla", "cudnn"] | None
 """Which implementation `jax.nn.dot_product_attention` uses; None lets it choose."""
@@ -103,16 +104,32 @@ def block(
     norm_eps: float = LAYER_NORM_EPS,
     dtype: DTypeLike = jnp.float32,
     attention: AttentionKernel = None,
-) -> Float[Array, "b tokens d"]:
-    """One adaLN-Zero block: two gated branches on an fp32 residual stream."""
+    plan: Plan = EXACT,
+    kept: tuple[Any, Any] = (None, None),
+) -> tuple[Float[Array, "b tokens d"], tuple[Any, Any]]:
+    """One adaLN-Zero block: two gated branches on an fp32 residual stream.
+
+    A branch that is recalled keeps what comes before its gate, so that the gate is that
+    of the present time and label. Returns the tokens, and what is kept of the branches.
+    """
     shift, scale, gate = attention_modulation
-    branch = modulate(layer_norm(tokens), shift, scale)
-    branch = attend(params["attn"], branch, num_heads, dtype, attention)
+
+    def attended(tokens: Array, shift: Array, scale: Array) -> Array:
+        """The attention branch, before its gate."""
+        branch = modulate(layer_norm(tokens), shift, scale)
+        return attend(params["attn"], branch, num_heads, dtype, attention)
+
+    branch, kept_attention = plan.attention(attended, kept[0], tokens, shift, scale)
     tokens = tokens + gate[:, None, :] * branch
     shift, scale, gate = mlp_modulation
-    branch = modulate(layer_norm(tokens, norm_eps), shift, scale)
-    branch = mlp(params["mlp"], branch, dtype)
-    return tokens + gate[:, None, :] * branch
+
+    def widened(tokens: Array, shift: Array, scale: Array) -> Array:
+        """The MLP branch, before its gate."""
+        branch = modulate(layer_norm(tokens, norm_eps), shift, scale)
+        return mlp(params["mlp"], branch, dtype)
+
+    branch, kept_mlp = plan.mlp(widened, kept[1], tokens, shift, scale)
+    return tokens + gate[:, None, :] * branch, (kept_attention, kept_mlp)
 
 
 def final_layer(

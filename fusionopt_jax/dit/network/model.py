@@ -40,6 +40,7 @@ from fusionopt_jax.dit.network.modulation import (
     split_final,
     take_rows,
 )
+from fusionopt_jax.dit.network.residuals import EXACT, Plan, per_block
 
 
 class DiT(nnx.Module):
@@ -193,6 +194,74 @@ def apply(
     Source: Peebles and Xie (arXiv 2212.09748), figure 3. Tokens, fused weights and
     constants follow the published PyTorch model; its outputs are reproduced to 5e-5.
     """
+    output, _ = recalling_apply(
+        params,
+        config,
+        images,
+        times,
+        labels,
+        plan=EXACT,
+        kept=None,
+        modulation=modulation,
+        dtype=dtype,
+        unroll=unroll,
+        remat=remat,
+        attention=attention,
+    )
+    return output
+
+
+def recalling_apply(
+    params: Params,
+    config: DiTConfig,
+    images: Any,
+    times: Any,
+    labels: Any,
+    *,
+    plan: Plan,
+    kept: Any,
+    modulation: CachedModulation | None = None,
+    dtype: DTypeLike = jnp.float32,
+    unroll: bool = False,
+    remat: bool = False,
+    attention: AttentionKernel = None,
+) -> tuple[Float[Array, "b h w c_out"], Any]:
+    """:func:`apply` where some residuals are recalled from earlier evaluations.
+
+    With `plan.network` the residual is what all blocks together add to the embedded
+    patches; the embedding and the final layer, with the modulation of the present time,
+    are computed every time. Otherwise it is that of the attention and MLP branches.
+
+    Args:
+        params: As for :func:`apply`, like all that is not listed here.
+        config: The sizes.
+        images: `[batch, input_size, input_size, in_channels]`.
+        times: `[batch]`.
+        labels: `[batch]`.
+        plan: What is computed and what is recalled.
+        kept: What the evaluation before returned as such; None before the first.
+        modulation: One step of a cache.
+        dtype: Type of the operands of the large products.
+        unroll: Write the blocks out.
+        remat: Recompute each block in the backward pass.
+        attention: Implementation of attention.
+
+    Returns:
+        What :func:`apply` returns, and the residuals to hand to the next evaluation:
+        `[kept, batch, tokens, hidden]` for the network, or for attention and MLP a pair
+        of `[depth, kept, batch, tokens, hidden]`; None in the place of what is always
+        computed.
+
+    Example:
+        >>> config = DiTConfig(input_size=8, hidden_size=32, depth=2, num_heads=4)
+        >>> from fusionopt_jax.dit.network.residuals import Recall
+        >>> params, images = init_params(config), jnp.ones((1, 8, 8, 4))
+        >>> plan = Plan(network=Recall(jnp.array(True), jnp.array([1.0])))
+        >>> inputs = (images, jnp.ones(1), jnp.array([3]))
+        >>> out, kept = recalling_apply(params, config, *inputs, plan=plan, kept=None)
+        >>> kept.shape
+        (1, 1, 16, 32)
+    """
     params = as_dict(params)
     images = jnp.asarray(images)
     _check_images(config, images)
@@ -229,33 +298,56 @@ def apply(
         parts_of = cached_parts
 
     def run_block(
-        tokens: Float[Array, "b tokens d"], layer: tuple[Params, Any]
-    ) -> tuple[Float[Array, "b tokens d"], None]:
-        """One block; `layer` holds its parameters and its slice of the cache."""
-        tokens = block(
-            layer[0],
+        tokens: Float[Array, "b tokens d"], layer: tuple[Params, Any, Plan, Any]
+    ) -> tuple[Float[Array, "b tokens d"], Any]:
+        """One block: its parameters, slice of the cache, plan and residuals."""
+        weights, table, block_plan, block_kept = layer
+        return block(
+            weights,
             tokens,
-            *split_block(parts_of(*layer)),
+            *split_block(parts_of(weights, table)),
             num_heads=config.num_heads,
             norm_eps=config.norm_eps,
             dtype=dtype,
             attention=attention,
+            plan=block_plan,
+            kept=block_kept,
         )
-        return tokens, None
 
     step = jax.checkpoint(run_block, prevent_cse=unroll) if remat else run_block
     if modulation is not None:
         params = replace_modulators(params, None)
-    layers = (params["blocks"], cached)
-    tokens = embed_patches(params["x_embedder"], config, images, dtype)
-    if unroll:
+    block_plan = Plan(
+        attention=per_block(plan.attention, config.depth),
+        mlp=per_block(plan.mlp, config.depth),
+    )
+
+    def run_blocks(
+        tokens: Float[Array, "b tokens d"], kept: Any
+    ) -> tuple[Float[Array, "b tokens d"], Any]:
+        """All blocks, one after the other."""
+        layers = (params["blocks"], cached, block_plan, kept)
+        if not unroll:
+            return jax.lax.scan(step, tokens, layers)
+        every = []
         for index in range(config.depth):
             layer = jax.tree.map(lambda leaf, i=index: leaf[i], layers)
-            tokens, _ = step(tokens, layer)
+            tokens, kept = step(tokens, layer)
+            every.append(kept)
+        return tokens, jax.tree.map(lambda *leaves: jnp.stack(leaves), *every)
+
+    def added(tokens: Float[Array, "b tokens d"]) -> Float[Array, "b tokens d"]:
+        """What the blocks add to the tokens."""
+        return run_blocks(tokens, (None, None))[0] - tokens
+
+    tokens = embed_patches(params["x_embedder"], config, images, dtype)
+    if plan.network.compute is None:
+        tokens, kept = run_blocks(tokens, (None, None) if kept is None else kept)
     else:
-        tokens, _ = jax.lax.scan(step, tokens, layers)
+        residual, kept = plan.network(added, kept, tokens)
+        tokens = tokens + residual
     patches = final_layer(params["final_layer"], tokens, *split_final(final), dtype)
-    return unpatchify(patches, config.patch_size)
+    return unpatchify(patches, config.patch_size), kept
 
 
 def _check_images(config: DiTConfig, images: Array) -> None:

@@ -1,21 +1,24 @@
 """A DiT as the function that a sampler walks with: its cache and its guidance."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from fusionopt_jax._types import Params
 from fusionopt_jax.dit.cache.dit import TimeConditioningCache
 from fusionopt_jax.dit.config import DiTConfig
-from fusionopt_jax.dit.network.model import apply
+from fusionopt_jax.dit.network.model import recalling_apply
 from fusionopt_jax.dit.network.modulation import CachedModulation
+from fusionopt_jax.dit.network.residuals import Plan
 from fusionopt_jax.dit.sampling.flow import FLOW_TIME_SCALE
 from fusionopt_jax.dit.sampling.guidance import Guidance, guide, paired
 from fusionopt_jax.dit.sampling.sampler import Sampler
+from fusionopt_jax.dit.sampling.step_cache import Remembering, StepCache
 
 
 def cached_tables(cache: TimeConditioningCache | None, sampler: Sampler) -> Any:
@@ -49,7 +52,7 @@ def denoiser(
     guidance: Guidance | None,
     dtype: DTypeLike = jnp.float32,
     unroll: bool = False,
-) -> Callable[[Array, Array, Any], Array]:
+) -> Remembering:
     """A DiT as `run_sampler` calls it.
 
     The rows of the cache that the labels use are looked up here, once, not at each
@@ -66,7 +69,11 @@ def denoiser(
         unroll: Write the blocks out.
 
     Returns:
-        A function of images, a scalar model time and one slice of `cached_tables`.
+        A network of images, a scalar model time and one slice of `cached_tables`, that
+        shows a step cache all of its blocks and each of their branches. With guidance
+        it keeps the residuals of each pair. Within an interval the first step, and as
+        many more as an extrapolation needs, must then compute: outside, there is no
+        null label whose residual could be kept (`check_interval`).
 
     Example:
         >>> from fusionopt_jax import dit
@@ -79,26 +86,32 @@ def denoiser(
         ...     jnp.float32(4.0),
         ...     guidance=Guidance(),
         ... )
-        >>> denoise(jnp.ones((1, 4, 4, 4)), jnp.float32(999.0), None).shape
+        >>> from fusionopt_jax.dit.network.residuals import EXACT
+        >>> image, time = jnp.ones((1, 4, 4, 4)), jnp.float32(999.0)
+        >>> denoise.denoise(image, time, None, EXACT, None)[0].shape
         (1, 4, 4, 8)
     """
 
-    def network(labels: Int[Array, " images"]) -> Callable[[Array, Array, Any], Array]:
+    def network(labels: Int[Array, " images"]) -> _Network:
         """The model for images of these labels, through the cache if there is one."""
         rows = None if cache is None else cache.rows(labels)
 
-        def evaluate(images: Array, time: Array, tables: Any) -> Array:
-            """Its prediction at one time."""
+        def evaluate(
+            images: Array, time: Array, tables: Any, plan: Plan, kept: Any
+        ) -> tuple[Array, Any]:
+            """Its prediction at one time, and what it keeps."""
             modulation = None
             if rows is not None:
                 block, final = tables
                 modulation = CachedModulation(block, final, rows)
-            return apply(
+            return recalling_apply(
                 params,
                 config,
                 images,
                 jnp.full(images.shape[:1], time),
                 labels,
+                plan=plan,
+                kept=kept,
                 modulation=modulation,
                 dtype=dtype,
                 unroll=unroll,
@@ -108,23 +121,86 @@ def denoiser(
 
     plain = network(labels)
     if guidance is None:
-        return plain
+        return Remembering(plain)
     pairs = network(paired(labels, config.null_label))
     channels = guidance.channels or config.in_channels
 
-    def guided(images: Array, time: Array, tables: Any) -> Array:
+    def guided(
+        images: Array, time: Array, tables: Any, plan: Plan, kept: Any
+    ) -> tuple[Array, Any]:
         """The prediction pushed away from that of the null label."""
-        return guide(
-            lambda both: pairs(both, time, tables), images, cfg_scale, channels
-        )
+        after: Any = None
+
+        def both(images: Array) -> Array:
+            """The network on pairs."""
+            nonlocal after
+            output, after = pairs(images, time, tables, plan, kept)
+            return output
+
+        return guide(both, images, cfg_scale, channels), after
 
     if guidance.interval is None:
-        return guided
+        return Remembering(guided)
     low, high = (edge * FLOW_TIME_SCALE for edge in guidance.interval)
 
-    def sometimes_guided(images: Array, time: Array, tables: Any) -> Array:
-        """Guided within the interval; outside, the null label is not evaluated."""
-        inside = (low <= time) & (time <= high)
-        return jax.lax.cond(inside, guided, plain, images, time, tables)
+    def unguided(
+        images: Array, time: Array, tables: Any, plan: Plan, kept: Any
+    ) -> tuple[Array, Any]:
+        """The prediction of the label alone, whose residuals fill those of pairs."""
+        # The axis of the batch, before tokens and width.
+        halves = jax.tree.map(lambda leaf: leaf[..., ::2, :, :], kept)
+        output, halves = plain(images, time, tables, plan, halves)
+        return output, jax.tree.map(lambda leaf: jnp.repeat(leaf, 2, -3), halves)
 
-    return sometimes_guided
+    def sometimes_guided(
+        images: Array, time: Array, tables: Any, plan: Plan, kept: Any
+    ) -> tuple[Array, Any]:
+        """Guided within the interval; outside, the null label is not evaluated."""
+        if kept is None and jax.tree.leaves(plan):
+            return guided(images, time, tables, plan, None)
+        inside = (low <= time) & (time <= high)
+        return jax.lax.cond(inside, guided, unguided, images, time, tables, plan, kept)
+
+    return Remembering(sometimes_guided)
+
+
+_Network: TypeAlias = Callable[[Array, Array, Any, Plan, Any], tuple[Array, Any]]
+"""A network as `Remembering` has it."""
+
+
+def check_interval(
+    step_cache: StepCache | None, sampler: Sampler, guidance: Guidance | None
+) -> None:
+    """Require residuals of pairs where a guidance interval recalls them.
+
+    Args:
+        step_cache: The step cache, or None.
+        sampler: The walk.
+        guidance: What is guided and when.
+
+    Raises:
+        ValueError: If a step within the interval is extrapolated from one outside.
+
+    Example:
+        >>> from fusionopt_jax import dit
+        >>> late, guidance = dit.StepCache.every(4, 2), Guidance(interval=(0.0, 0.8))
+        >>> check_interval(late, dit.Sampler.euler(4), guidance)
+        Traceback (most recent call last):
+        ...
+        ValueError: step 1 lies within `guidance_interval` and recalls step 0, which ...
+    """
+    if step_cache is None or guidance is None or guidance.interval is None:
+        return
+    low, high = (np.float32(edge * FLOW_TIME_SCALE) for edge in guidance.interval)
+    times = sampler.host_times()
+    inside = (low <= times) & (times <= high)
+    for ahead in sampler.evaluations:
+        here = inside[ahead : ahead + sampler.steps]
+        for step, source in step_cache.recalled():
+            if here[step] and not here[source]:
+                raise ValueError(
+                    f"step {step} lies within `guidance_interval` and recalls step "
+                    f"{source}, which lies outside, where the null label is not "
+                    f"evaluated; compute the first {step_cache.order + 1} step(s) "
+                    "within the interval."
+                )

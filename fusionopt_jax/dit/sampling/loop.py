@@ -14,7 +14,14 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from fusionopt_jax import _checks
 from fusionopt_jax._paths import named_leaves
+from fusionopt_jax.dit.network.residuals import EXACT, Plan
 from fusionopt_jax.dit.sampling.sampler import At, Prediction, Sampler
+from fusionopt_jax.dit.sampling.step_cache import (
+    Plans,
+    Remembering,
+    StepCache,
+    remembering,
+)
 
 
 class Samples(NamedTuple):
@@ -34,10 +41,11 @@ class Samples(NamedTuple):
 
 def run_sampler(
     sampler: Sampler,
-    denoise: Callable[[Array, Array, Any], Array],
+    denoise: Callable[[Array, Array, Any], Array] | Remembering,
     noise: Float[Array, "batch height width channels"],
     *,
     conditions: Any = None,
+    step_cache: StepCache | Plans | None = None,
     key: PRNGKeyArray | None = None,
     step_noise: Float[Array, "steps batch height width channels"] | None = None,
     previews: int = 0,
@@ -51,12 +59,17 @@ def run_sampler(
         sampler: The walk.
         denoise: Called as `denoise(image, time, condition)` with an image batch, a
             scalar model time and one slice of `conditions`; returns the prediction,
-            [batch, height, width, channels] or with twice the channels.
+            [batch, height, width, channels] or with twice the channels. A network that
+            shows its inner residuals to a step cache is a `Remembering`.
         noise: Standard normal, [batch, height, width, channels]. The loop computes in
             its type: float64 for float64, which JAX has under `jax.enable_x64`, and
             float32 for any other.
         conditions: A tree whose leaves have a leading axis like `eval_times`; the
             loop scans over it.
+        step_cache: Which steps evaluate the network; the others recall what it said. Of
+            a plain `denoise` that is its whole prediction, used again or extrapolated;
+            of a `Remembering` what it shows. Either a `StepCache`, or the arrays of its
+            `plan`, which may be traced. See `StepCache`.
         key: For samplers that draw noise.
         step_noise: The noise to use in place of drawing it, one slice per step, to
             repeat a run of other code.
@@ -67,9 +80,11 @@ def run_sampler(
         The images and the previews.
 
     Raises:
+        StaleCacheError: If the step cache was chosen for another sampler.
         ValueError: If the sampler draws noise and has neither `key` nor
-            `step_noise`, if there are more previews than steps, or if `conditions` or
-            the prediction have a wrong shape.
+            `step_noise`, if there are more previews than steps, if `conditions` or
+            the prediction have a wrong shape, or if the step cache is for another
+            number of steps or for branches that the network does not show.
 
     Example:
         >>> from fusionopt_jax import dit
@@ -77,6 +92,12 @@ def run_sampler(
         >>> noise = jnp.ones((1, 2, 2, 3))
         >>> sampler = dit.Sampler.ddim("ddim4")
         >>> samples = run_sampler(sampler, predict, noise, conditions=jnp.zeros(4))
+        >>> samples.images.shape
+        (1, 2, 2, 3)
+        >>> step_cache = dit.StepCache(mask=[True, False, True, False])
+        >>> samples = run_sampler(
+        ...     sampler, predict, noise, conditions=jnp.zeros(4), step_cache=step_cache
+        ... )
         >>> samples.images.shape
         (1, 2, 2, 3)
     """
@@ -90,8 +111,13 @@ def run_sampler(
     image = jnp.asarray(noise, dtype)
     shown = jnp.zeros((previews, *image.shape), dtype)
     _check_conditions(sampler, conditions)
+    if isinstance(step_cache, StepCache):
+        step_cache = step_cache.plan(sampler)
+    denoise = remembering(denoise)
     # What an evaluation depends on beside the image, with a leading axis of times.
     evaluations = (jnp.asarray(sampler.host_times()), conditions)
+    plans = jax.tree.map(jnp.asarray, step_cache)
+    kept = _kept_before(denoise, image, evaluations, plans)
     here = None
     if sampler.looks_ahead:
         # The evaluation of this step rides along in the carry, and the scan brings that
@@ -101,6 +127,7 @@ def run_sampler(
     steps = _Slices(
         index=jnp.arange(1, sampler.steps + 1),
         evaluation=evaluations,
+        plans=plans,
         coefficients=jax.tree.map(
             lambda values: jnp.asarray(values, dtype), sampler.coefficients()
         ),
@@ -108,11 +135,14 @@ def run_sampler(
         slot=_preview_slots(sampler.steps, previews),
     )
 
-    def network(image: Array, evaluation: Any) -> Prediction:
-        """The network's prediction and, if it has any, variance logits."""
-        output = denoise(image, *evaluation).astype(dtype)
+    def network(
+        image: Array, evaluation: Any, plan: Plan, kept: Any
+    ) -> tuple[Prediction, Any]:
+        """The network's prediction with variance logits, if any, and what it keeps."""
+        output, kept = denoise.denoise(image, *evaluation, plan, kept)
+        output = output.astype(dtype)
         _check_channels(sampler, image, output)
-        return Prediction(*jnp.split(output, [image.shape[-1]], axis=-1))
+        return Prediction(*jnp.split(output, [image.shape[-1]], axis=-1)), kept
 
     def fresh_noise(draw: Any) -> Array | None:
         """The noise of a step: none, what was handed in, or drawn from a key."""
@@ -130,20 +160,33 @@ def run_sampler(
 
     def body(carry: tuple[Any, ...], step: _Slices) -> tuple[Any, None]:
         """One step of the sampler."""
-        image, memory, here, shown = carry
+        image, memory, here, kept, shown = carry
         visited = [step.evaluation] if here is None else [here, step.evaluation]
+        asked, renewed = [], []
 
         def predict(image: Array, ahead: int = 0) -> Prediction:
             """The network at the time of this step, or of the next."""
-            return network(image, visited[ahead])
+            if step.plans is None:
+                return network(image, visited[ahead], EXACT, None)[0]
+            slot = len(asked)
+            asked.append(ahead)
+            _check_asked(sampler, asked, whole=False)
+            prediction, after = network(
+                image, visited[ahead], step.plans[slot], kept[slot]
+            )
+            renewed.append(after)
+            return prediction
 
         at = At(step.coefficients, fresh_noise(step.draw), memory)
         image, clean, memory = sampler.step(predict, image, at)
+        if step.plans is not None:
+            _check_asked(sampler, asked, whole=True)
         here = None if here is None else step.evaluation
-        return (image, memory, here, report(step, shown, clean)), None
+        shown = report(step, shown, clean)
+        return (image, memory, here, tuple(renewed), shown), None
 
-    carry = (image, sampler.start(image), here, shown)
-    (image, _, _, shown), _ = jax.lax.scan(body, carry, steps)
+    carry = (image, sampler.start(image), here, kept, shown)
+    (image, *_, shown), _ = jax.lax.scan(body, carry, steps)
     return Samples(image, shown)
 
 
@@ -154,6 +197,7 @@ class _Slices(NamedTuple):
         index: Number of the step, from 1.
         evaluation: Model time and condition of this step's evaluation, or of the next
             step's for a sampler that looks ahead.
+        plans: What each evaluation of the step computes and recalls; None for all.
         coefficients: Of the sampler.
         draw: A key, or the noise itself, or None for a deterministic sampler.
         slot: The preview that this step fills; one past the end for none.
@@ -161,9 +205,43 @@ class _Slices(NamedTuple):
 
     index: Any
     evaluation: Any
+    plans: Any
     coefficients: Any
     draw: Any
     slot: Any
+
+
+def _kept_before(
+    denoise: Remembering, image: Array, evaluations: Any, plans: Any
+) -> tuple[Any, ...]:
+    """Zeros like what each evaluation of a step keeps; the first step replaces them."""
+    if plans is None:
+        return ()
+
+    def keep(image: Array, evaluation: Any, plan: Plan) -> Any:
+        """What the first evaluation keeps."""
+        return denoise.denoise(image, *evaluation, plan, None)[1]
+
+    first = jax.tree.map(lambda leaf: leaf[0], (evaluations, plans))
+    kept = jax.eval_shape(keep, image, first[0], first[1][0])
+    if not jax.tree.leaves(kept):
+        raise ValueError(
+            "the step cache skips what this network never asks its plan for; skip what "
+            "it asks for: `mask` for plan.network, `attention` or `mlp` for the others."
+        )
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), kept)
+    return (zeros,) * len(plans)
+
+
+def _check_asked(sampler: Sampler, asked: list[int], *, whole: bool) -> None:
+    """Require the calls of `predict` that the sampler declares, as far as they came."""
+    declared = sampler.evaluations if whole else sampler.evaluations[: len(asked)]
+    if tuple(asked) != declared:
+        raise ValueError(
+            f"a step of {sampler.method!r} calls `predict` {asked} steps ahead, where "
+            f"its `evaluations` say {sampler.evaluations}; a step cache needs them "
+            "right."
+        )
 
 
 def _check_conditions(sampler: Sampler, conditions: Any) -> None:

@@ -23,10 +23,11 @@ from fusionopt_jax._types import Params
 from fusionopt_jax.dit.cache.dit import TimeConditioningCache
 from fusionopt_jax.dit.config import DiTConfig
 from fusionopt_jax.dit.network.model import check_labels
-from fusionopt_jax.dit.sampling.denoiser import cached_tables, denoiser
+from fusionopt_jax.dit.sampling.denoiser import cached_tables, check_interval, denoiser
 from fusionopt_jax.dit.sampling.guidance import Guidance, GuidedChannels
 from fusionopt_jax.dit.sampling.loop import Samples, run_sampler
 from fusionopt_jax.dit.sampling.sampler import Sampler
+from fusionopt_jax.dit.sampling.step_cache import Plans, StepCache
 
 ProgressCallback: TypeAlias = Callable[[int, int], Any]
 """Called with the number of finished steps and the number of all steps."""
@@ -47,6 +48,7 @@ def sample(
     *,
     cfg_channels: GuidedChannels = ...,
     guidance_interval: tuple[float, float] | None = ...,
+    step_cache: StepCache | None = ...,
     key: PRNGKeyArray | None = ...,
     dtype: DTypeLike = ...,
     unroll: bool = ...,
@@ -68,6 +70,7 @@ def sample(
     *,
     cfg_channels: GuidedChannels = ...,
     guidance_interval: tuple[float, float] | None = ...,
+    step_cache: StepCache | None = ...,
     key: PRNGKeyArray | None = ...,
     dtype: DTypeLike = ...,
     unroll: bool = ...,
@@ -88,6 +91,7 @@ def sample(
     *,
     cfg_channels: GuidedChannels = None,
     guidance_interval: tuple[float, float] | None = None,
+    step_cache: StepCache | None = None,
     key: PRNGKeyArray | None = None,
     dtype: DTypeLike = jnp.float32,
     unroll: bool = False,
@@ -121,6 +125,9 @@ def sample(
             published code does, whose scale of 1.5 is about 1.375 on all four.
         guidance_interval: Guide only where the model time over 1000 lies in this closed
             interval of [0, 1] (1 is noise); elsewhere the null label is not evaluated.
+        step_cache: Which steps compute the network's blocks; the others extrapolate
+            what those added. An approximation, unlike `cache`; see `StepCache`. Another
+            one of the same kind and order compiles nothing.
         key: Randomness of `Sampler.ddpm`, and of `Sampler.ddim` with eta above 0.
         dtype: Type of the operands of the large products; sums and images are float32.
         unroll: Write the blocks out for a lower latency; compiles longer.
@@ -137,11 +144,13 @@ def sample(
 
     Raises:
         StaleCacheError: If the cache was built for other weights, times or labels, or
-            without the null label that guidance needs. Inside your own `jax.jit`, with
+            without the null label that guidance needs, or if the step cache was chosen
+            for other weights or another sampler. Inside your own `jax.jit`, with
             weights or cache as its arguments, values can't be an error: the program
             compares them, and the images are NaN if the cache does not fit.
         ValueError: If a shape, a label or a setting does not fit, if the sampler needs
-            a `key` and has none, or a learned variance that the model does not predict.
+            a `key` and has none, or a learned variance that the model does not predict,
+            or if the step cache is for another number of steps.
 
     Example:
         >>> from fusionopt_jax import dit
@@ -171,6 +180,7 @@ def sample(
         if guided and not isinstance(labels, Tracer):
             wanted = np.append(np.asarray(labels), config.null_label)
         cache = cache.checked(params, config, times=sampler.host_times(), labels=wanted)
+    plans = planned(step_cache, params, config, sampler, guidance if guided else None)
     ticket = next(_tickets)
     if progress is not None:
         _listeners[ticket] = (progress, sampler.steps)
@@ -186,6 +196,7 @@ def sample(
             # The callback is found by this number: as a static argument, every new
             # callback would compile the program again.
             jnp.asarray(ticket, jnp.int32),
+            plans,
             config=config,
             sampler=sampler,
             guidance=guidance if guided else None,
@@ -210,6 +221,7 @@ def _program(
     cfg_scale: Float[Array, "..."],
     key: PRNGKeyArray | None,
     ticket: Int[Array, ""],
+    plans: Plans | None,
     *,
     config: DiTConfig,
     sampler: Sampler,
@@ -239,6 +251,7 @@ def _program(
         ),
         noise,
         conditions=cached_tables(cache, sampler),
+        step_cache=plans,
         key=key,
         previews=previews,
         on_step=report if reports else None,
@@ -292,6 +305,44 @@ def _check_request(
             "`cfg_scale` must be one number, or one per image of shape "
             f"[{noise.shape[0]}], got {_checks.shape_text(cfg_scale)}."
         )
+
+
+def planned(
+    step_cache: StepCache | None,
+    params: Params,
+    config: DiTConfig,
+    sampler: Sampler,
+    guidance: Guidance | None,
+) -> Plans | None:
+    """What `run_sampler` is handed for a step cache that fits the request.
+
+    Args:
+        step_cache: The step cache, or None.
+        params: Parameters.
+        config: Sizes of the model.
+        sampler: The walk.
+        guidance: What is guided and when, or None.
+
+    Returns:
+        Its plans; None if it skips nothing.
+
+    Raises:
+        StaleCacheError: If it was chosen for other weights or another sampler.
+        ValueError: If it is for another number of steps or blocks, or recalls residuals
+            of the null label where there are none.
+
+    Example:
+        >>> from fusionopt_jax import dit
+        >>> config = dit.DiTConfig(input_size=4, hidden_size=32, depth=1, num_heads=2)
+        >>> params, sampler = dit.init_params(config), dit.Sampler.euler(4)
+        >>> planned(dit.StepCache.every(4, 1), params, config, sampler, None)
+    """
+    if step_cache is None:
+        return None
+    step_cache.check(sampler, params)
+    step_cache.check_depth(config.depth)
+    check_interval(step_cache, sampler, guidance)
+    return step_cache.plan(sampler)
 
 
 def check_variance(config: DiTConfig, sampler: Sampler) -> None:

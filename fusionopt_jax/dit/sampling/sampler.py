@@ -122,6 +122,15 @@ class Sampler(abc.ABC):
         return False
 
     @property
+    def evaluations(self) -> tuple[int, ...]:
+        """How far ahead each call of `predict` in a step is, in their order.
+
+        A step cache keeps the residuals of each of them apart. A sampler of your own
+        that calls it otherwise than once, or once here and once ahead, says so here.
+        """
+        return (0, 1) if self.looks_ahead else (0,)
+
+    @property
     def is_random(self) -> bool:
         """Whether sampling draws fresh noise, and so needs a key."""
         return False

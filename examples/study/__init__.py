@@ -1,0 +1,1 @@
+"""What each part of the composition does, on four workloads without a download."""

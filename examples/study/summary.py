@@ -1,0 +1,122 @@
+"""What the runs of a row say together: means, errors, and comparisons seed by seed."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from study import plan, workloads
+from study.methods import METHODS
+from study.records import Job, Record
+
+
+class Estimate(NamedTuple):
+    """A mean over seeds.
+
+    Attributes:
+        mean: over the seeds.
+        error: its standard error; NaN for one seed.
+        seeds: how many.
+    """
+
+    mean: float
+    error: float
+    seeds: int
+
+
+class Row(NamedTuple):
+    """A row of the study on one workload.
+
+    Attributes:
+        workload: its name.
+        method: its name.
+        tried: runs that tuning made.
+        tuned: what tuning chose, once it is through.
+        runs: the runs that count, by seed; none before the row is tuned.
+    """
+
+    workload: str
+    method: str
+    tried: int
+    tuned: plan.Tuned | None
+    runs: Mapping[int, Record]
+
+
+def collect(finished: Mapping[Job, Record]) -> dict[tuple[str, str], Row]:
+    """Every row on every workload, run or not."""
+    rows = {}
+    for workload in workloads.NAMES:
+        for name, method in METHODS.items():
+            own = {
+                job: record
+                for job, record in finished.items()
+                if (job.workload, job.method) == (workload, name)
+            }
+            state = plan.wanted(workload, workloads.STEPS, method, finished)
+            runs = {
+                job.seed: record
+                for job, record in sorted(own.items())
+                if state.tuned and job.seed and job[2:4] == state.tuned
+            }
+            tried = sum(job.seed == 0 for job in own)
+            rows[workload, name] = Row(workload, name, tried, state.tuned, runs)
+    return rows
+
+
+def estimate(values: Sequence[float]) -> Estimate | None:
+    """Mean and standard error; nothing where there are no values."""
+    if not values:
+        return None
+    count = len(values)
+    spread = statistics.stdev(values) if count > 1 else math.nan
+    return Estimate(statistics.fmean(values), spread / math.sqrt(count), count)
+
+
+def final(row: Row) -> Estimate | None:
+    """The validation loss at the end."""
+    return estimate([record.final for record in row.runs.values()])
+
+
+def figure(row: Row, name: str) -> Estimate | None:
+    """A figure of the generated images at the end."""
+    found = [record.figures for record in row.runs.values()]
+    return estimate([figures[name] for figures in found if name in figures])
+
+
+def difference(row: Row, other: Row) -> Estimate | None:
+    """Final loss less that of another row with the same seeds and as many steps."""
+    return estimate(
+        [
+            record.final - other.runs[seed].final
+            for seed, record in row.runs.items()
+            if seed in other.runs and other.runs[seed].job.steps == record.job.steps
+        ]
+    )
+
+
+def shares(row: Row, rows: Mapping[tuple[str, str], Row]) -> list[float]:
+    """Per seed, the share of AdamW's steps that AdamW's best loss takes.
+
+    AdamW is the row whose runs are as long, at its best, with the same seed. A seed
+    that does not come down to it counts as infinite.
+    """
+    found = []
+    for seed, record in row.runs.items():
+        for name in ("adamw", "adamw_x0.5", "adamw_x3"):
+            target = rows[row.workload, name].runs.get(seed)
+            if target is None or target.job.steps != record.job.steps:
+                continue
+            needed, taken = (run.steps_to(target.best) for run in (record, target))
+            found.append(math.inf if needed is None or not taken else needed / taken)
+    return found
+
+
+def cost(row: Row, other: Row) -> float | None:
+    """Processor seconds a step over those of another row, medians of both."""
+    own, theirs = (
+        [record.seconds / record.job.steps for record in one.runs.values()]
+        for one in (row, other)
+    )
+    if not own or not theirs:
+        return None
+    return statistics.median(own) / statistics.median(theirs)

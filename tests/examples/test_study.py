@@ -1,0 +1,414 @@
+"""The study: data that is the same everywhere, runs that resume, tables from files."""
+
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from study import (
+    glyphs,
+    methods,
+    plan,
+    records,
+    report,
+    run,
+    sources,
+    summary,
+    training,
+    transformer,
+    workloads,
+)
+from study.methods import METHODS
+from study.records import Job, Record
+
+import fusionopt_jax as fo
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def record(job, curve=(3.0, 2.0), **changes):
+    """A finished run; of two validations, unless told otherwise."""
+    fields = {
+        "job": job,
+        "eval_every": job.steps // 2,
+        "curve": list(curve),
+        "step_sizes": [],
+        "figures": {},
+        "seconds": 8.0,
+        "total_seconds": 10.0,
+        "state_bytes": 200,
+        "param_bytes": 100,
+        "data": "abc",
+        "versions": {"python": "3.11.7"},
+    }
+    return Record(**fields | changes)
+
+
+def finish(method, steps, loss, finished=None, workload="lm"):
+    """Make every run that the plan asks for, ending at the loss that is given."""
+    finished = {} if finished is None else finished
+    while jobs := plan.wanted(workload, steps, METHODS[method], finished).jobs:
+        for job in jobs:
+            finished[job] = record(job, (5.0, loss(job)))
+    return finished
+
+
+# Data
+
+
+def test_a_glyph_follows_from_its_font_and_number():
+    first = glyphs.draw("DejaVuSans", "g", 3)
+    again = glyphs.draw("DejaVuSans", "g", 3)
+    np.testing.assert_array_equal(first, again)
+    assert first.shape == (16, 16)
+    assert first.max() > 128
+    assert (glyphs.draw("DejaVuSans", "g", 4) != first).any()
+    assert (glyphs.draw("DejaVuSans", "q", 3) != first).any()
+
+
+def test_no_font_is_on_both_sides():
+    assert not set(glyphs.TRAIN_FONTS) & set(glyphs.HELD_OUT_FONTS)
+    families = {name[:4] for name in glyphs.TRAIN_FONTS}
+    assert "STIX" not in families
+
+
+def test_every_font_draws_every_character():
+    for font in (*glyphs.TRAIN_FONTS, *glyphs.HELD_OUT_FONTS):
+        drawn = [glyphs.draw(font, character, 0) for character in glyphs.CHARACTERS]
+        # A font without a character draws the same box for all of those.
+        assert len({image.tobytes() for image in drawn}) == len(glyphs.CHARACTERS)
+        assert min(image.max() for image in drawn) > 64
+
+
+def test_no_file_of_the_text_is_on_both_sides():
+    text = sources.load()
+    assert not set(text.train_files) & set(text.held_out_files)
+    share = len(text.held_out) / (len(text.held_out) + len(text.train))
+    # A tenth of the files; they are of unequal length.
+    assert 0.03 < share < 0.25
+    assert "heapq.py" in text.train_files + text.held_out_files
+
+
+def test_the_hash_of_a_name_decides():
+    assert not sources.is_held_out("heapq.py")
+    held_out = [f"{number}.py" for number in range(1000)]
+    # A binomial count: 100 +- 9.5.
+    assert 60 < sum(map(sources.is_held_out, held_out)) < 140
+
+
+# The model
+
+
+def test_a_token_sees_none_that_come_later():
+    params = transformer.init(jax.random.key(0), 16, 16, length=6, width=32, depth=1)
+    tokens = jnp.arange(6)[None]
+    changed = tokens.at[0, 4].set(9)
+    causal = [
+        transformer.apply(params, some, causal=True) for some in (tokens, changed)
+    ]
+    np.testing.assert_array_equal(causal[0][:, :4], causal[1][:, :4])
+    assert (causal[0][:, 4:] != causal[1][:, 4:]).all()
+
+
+def test_patches_are_squares():
+    image = jnp.arange(256.0).reshape(1, 16, 16, 1)
+    np.testing.assert_array_equal(
+        workloads.patches(image)[0, 1].reshape(4, 4), image[0, :4, 4:8, 0]
+    )
+
+
+def test_a_new_model_guesses():
+    params = transformer.init(jax.random.key(0), 16, 62, length=16, width=32, depth=1)
+    logits = transformer.apply(params, jnp.ones((2, 16, 16)), causal=False)
+    labels = jnp.zeros((2, 16), jnp.int32)
+    loss = workloads._cross_entropy(logits, labels)
+    # The logits of a new model are about 0.1: log 62 +- their square.
+    assert abs(float(loss) - math.log(62)) < 0.2
+
+
+# The optimisers
+
+
+def tiny_setting(rate=1e-3, decay=0.1):
+    params = {
+        "blocks": {
+            "qkv": 0.1 * jnp.ones((1, 128, 384)),
+            "norm1": jnp.ones((1, 128)),
+        },
+        **{name: jnp.ones((4, 128)) for name in ("reader", "positions", "writer")},
+    }
+    return params, methods.Setting(
+        *(rate, decay, 100, params),
+        *(transformer.routing(), transformer.routing(chunks=False)),
+    )
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_row_builds(name):
+    params, setting = tiny_setting()
+    tx = METHODS[name].build(setting)
+    # Traced for shapes alone: nothing is compiled.
+    state = jax.eval_shape(tx.init, params)
+    updates, after = jax.eval_shape(
+        lambda grads, state, params: tx.update(grads, state, params, value=1.0),
+        *(params, state, params),
+    )
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
+    if METHODS[name].averaged:
+        jax.eval_shape(fo.eval_params, state, params)
+
+
+def test_the_rate_warms_up_and_falls_to_zero():
+    _, setting = tiny_setting(rate=0.5)
+    rate = methods.warmup_cosine(setting)
+    # 7.5 % of a hundred steps, to a whole step.
+    np.testing.assert_allclose(
+        [rate(0), rate(4), rate(8), rate(100)], [0, 0.25, 0.5, 0]
+    )
+
+
+# What to run next
+
+
+def test_tuning_goes_on_beyond_the_edge_and_then_counts_other_seeds():
+    best = 4 * METHODS["adamw"].centre * 4
+    loss = lambda job: abs(math.log2(job.rate / best)) + abs(job.decay - 0.2)  # noqa: E731
+    finished = finish("adamw", 800, loss)
+    tuned = plan.wanted("lm", 800, METHODS["adamw"], finished)
+    assert tuned == plan.Wanted([], 0, plan.Tuned(best, 0.2), (1, 2, 3, 4, 5))
+    # 2 beyond the edge lies the best, and one further shows that it is the best.
+    assert sum(job.seed == 0 for job in finished) == 5 + 3 + 2
+    assert len({job.path for job in finished}) == len(finished)
+
+
+def test_tuning_beyond_the_edge_ends():
+    finished = finish("adamw", 800, lambda job: -job.rate)
+    assert sum(job.seed == 0 for job in finished) == 5 + plan.EXTENSIONS + 2
+
+
+def test_a_run_that_diverged_is_the_worst():
+    job = Job("lm", "adamw", 1e-3, 0.05, 0, 800)
+    assert record(job, (3.0,)).final == math.inf
+    assert record(job, (3.0, 2.5)).final == 2.5
+
+
+def test_a_row_waits_for_the_one_whose_rate_it_takes():
+    method = METHODS["decay_z"]
+    before = plan.wanted("lm", 800, method, {})
+    assert (before.jobs, before.least) == ([], 3 + 3)
+    finished = finish("sf_normuon", 800, lambda job: abs(job.rate - 4e-3))
+    finished = finish("decay_z", 800, lambda job: abs(job.decay - 0.8), finished)
+    tuned = plan.wanted("lm", 800, method, finished).tuned
+    assert tuned == plan.Tuned(4e-3, 0.8)
+    assert {job.steps for job in finished if job.method == "decay_z"} == {2400}
+
+
+def test_the_first_rows_come_first():
+    jobs = list(plan.in_order({"lm": 10, "vit": 10}, list(METHODS.values()), {}))
+    assert jobs[0].method == "adamw"
+    assert jobs[0].rate == METHODS["adamw"].centre
+    assert [job.workload for job in jobs[:10]] == ["lm"] * 5 + ["vit"] * 5
+
+
+# Runs
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A workload of sixteen numbers, whose runs have four steps."""
+
+    def loss(params, train, step, seed):
+        return jnp.sum((params["kernel"] - train) ** 2) + 0 * (step + seed)
+
+    routing = fo.Routing(min_dim=4)
+    workload = workloads.Workload(
+        name="digits",
+        title="small",
+        init=lambda seed: {"kernel": jnp.full((4, 4), 1.0 + seed)},
+        loss=loss,
+        validate=lambda params, target: jnp.sum((params["kernel"] - target) ** 2),
+        train=jnp.eye(4),
+        held_out=jnp.eye(4),
+        routing=routing,
+        unchunked=routing,
+        digest="abc",
+        judge=lambda params: {"frechet_distance": float(params["kernel"][0, 0])},
+    )
+    caches = (training.compiled, training._init_state, training._validation)
+    monkeypatch.setattr(workloads, "get", lambda name: workload)
+    monkeypatch.setattr(workloads, "STEPS", 4)
+    monkeypatch.setattr(workloads, "EVAL_EVERY", 2)
+    for cached in caches:
+        cached.cache_clear()
+    yield workload
+    for cached in caches:
+        cached.cache_clear()
+
+
+def test_a_run_repeats_itself(small, tmp_path):
+    job = Job("digits", "sf_adamw", 0.1, 0.0, 1, 4)
+    first, again = training.run(job), training.run(job)
+    assert first.curve == again.curve
+    # Adam's step is the rate: the fast iterate falls from 2 by 0.1 in each of four.
+    assert 9 < first.final < first.curve[0] < 4 * 1 + 12 * 4
+    assert first.figures == again.figures
+    assert first.figures["frechet_distance"] < 2
+    assert first.param_bytes == 64
+    records.write(tmp_path, first)
+    assert records.read_all(tmp_path) == {job: first}
+
+
+def test_a_run_that_is_no_number_ends(small):
+    done = training.run(Job("digits", "adamw", math.inf, 0.0, 1, 4))
+    assert (done.curve, done.figures, done.final) == ([], {}, math.inf)
+
+
+def commands(monkeypatch, folder, fails_at=None):
+    """Run the command with runs that cost nothing; the jobs that it asks for."""
+    asked = []
+
+    def pretend(job):
+        if len(asked) == fails_at:
+            raise KeyboardInterrupt
+        asked.append(job)
+        return record(job, (5.0, 1 + abs(math.log(job.rate / 4e-3)) + job.decay))
+
+    monkeypatch.setattr(training, "run", pretend)
+    given = ("--out", str(folder), "--workload", "lm", "--only", "adamw")
+    return run.main([*given, "--seeds", "1", "2"]), asked
+
+
+def test_the_command_goes_on_where_it_was_stopped(monkeypatch, tmp_path, capsys):
+    code, first = commands(monkeypatch, tmp_path, fails_at=3)
+    assert (code, len(first)) == (130, 3)
+    # What a kill in the middle of a write leaves behind is no result.
+    beside = (tmp_path / first[0].path).with_name(".rate1_decay0_seed1_4.json.new")
+    beside.write_text("{")
+    code, rest = commands(monkeypatch, tmp_path)
+    assert code == 0
+    assert len(first) + len(rest) == 5 + 2 + 2
+    assert not set(first) & set(rest)
+    assert commands(monkeypatch, tmp_path) == (0, [])
+    assert "go on from here" in capsys.readouterr().err.replace("goes", "go")
+
+
+def test_list_runs_nothing(monkeypatch, tmp_path, capsys):
+    commands(monkeypatch, tmp_path, fails_at=3)
+    capsys.readouterr()
+    monkeypatch.setattr(training, "run", None)
+    assert run.main(["--out", str(tmp_path), "--list"]) == 0
+    listed = capsys.readouterr().out
+    assert "adamw            lm untuned (9 runs)" in listed
+    assert "3 runs made" in listed
+
+
+def test_runs_on_other_data_are_not_mixed(monkeypatch, tmp_path, capsys):
+    commands(monkeypatch, tmp_path, fails_at=2)
+    (path,) = tmp_path.glob("*/*/rate0.004*.json")
+    path.write_text(path.read_text().replace('"abc"', '"abd"'))
+    code, asked = commands(monkeypatch, tmp_path)
+    assert (code, len(asked)) == (2, 1)
+    assert "data differs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--seeds", "0"], "seed 0 is the one that is tuned on"),
+        (["--processes", "0"], "at least 1"),
+        (["--only", "adam"], "invalid choice: 'adam'"),
+    ],
+)
+def test_refuses(arguments, text, capsys):
+    with pytest.raises(SystemExit):
+        run.main(arguments)
+    assert text in capsys.readouterr().err
+
+
+# What the runs say together
+
+
+@pytest.fixture
+def finished():
+    """AdamW ends at 2, 2.1, ...; SF-NorMuon is 0.1 below and there in half the time."""
+    adamw = finish("adamw", 800, lambda job: 2 + 0.1 * job.seed + job.decay)
+    for job in list(adamw):
+        adamw[job] = adamw[job]._replace(curve=[3.0, adamw[job].final])
+    both = finish(
+        "sf_normuon", 800, lambda job: 1.9 + 0.1 * job.seed + job.decay, adamw
+    )
+    for job in both:
+        if job.method == "sf_normuon":
+            # Down to AdamW's end halfway between 0 + 400 and 800 steps.
+            curve = [both[job].final + 0.2, both[job].final]
+            both[job] = both[job]._replace(
+                curve=curve,
+                seconds=16.0,
+                step_sizes=[1.0, 1.0],
+                figures={"frechet_distance": 1.0 * job.seed},
+            )
+    return both
+
+
+def test_figures_of_a_row(finished):
+    rows = summary.collect(finished)
+    row, adamw = rows["lm", "sf_normuon"], rows["lm", "adamw"]
+    assert list(row.runs) == [1, 2, 3, 4, 5]
+    # 2.0, 2.1, ..., 2.4: the variance of five numbers 0.1 apart is 0.025.
+    expected = (2.2, math.sqrt(0.025 / 5), 5)
+    np.testing.assert_allclose(summary.final(row), expected, rtol=1e-12)
+    np.testing.assert_allclose(summary.difference(adamw, row).mean, 0.1, rtol=1e-12)
+    # From 0.1 above AdamW's end at step 400 to 0.1 below at 800: there at 600 of 800.
+    np.testing.assert_allclose(summary.shares(row, rows), [0.75] * 5, rtol=1e-12)
+    assert summary.cost(row, adamw) == 2
+    assert summary.figure(row, "frechet_distance") == summary.estimate([1, 2, 3, 4, 5])
+    assert summary.final(rows["vit", "adamw"]) is None
+
+
+def test_what_never_comes_down_says_so(finished):
+    for job, done in finished.items():
+        if job.method == "sf_normuon" and job.seed:
+            finished[job] = done._replace(curve=[9.0, 9.0])
+    rows = summary.collect(finished)
+    shares = summary.shares(rows["lm", "sf_normuon"], rows)
+    assert report.share_text(shares) == "never (never to never)"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ((1.23456, 0.0123, 3), "1.235 ± 0.012 (3)"),
+        ((1.23456, math.nan, 1), "1.2346 (1)"),
+        ((math.inf, math.nan, 3), "diverged (3)"),
+        ((12.3456, 2.0, 3), "12.3 ± 2.0 (3)"),
+    ],
+)
+def test_an_error_has_two_figures(value, text):
+    assert report.text(summary.Estimate(*value)) == text
+
+
+def test_the_page_is_filled_from_the_files(finished, tmp_path):
+    page = (DOCS / "results.md").read_text()
+    filled = report.filled(page, finished)
+    assert "| AdamW, cosine | 2.300 ± 0.071 (5) | not run yet |" in filled
+    assert "| SF-NorMuon, no rule | bytes | 0.75 (0.75 to 0.75) |" in filled
+    assert "`--only full`" in filled
+    # Filling it again changes nothing, and no block is left empty.
+    assert report.filled(filled, finished) == filled
+    assert "-->\n<!-- end" not in filled
+    with pytest.raises(ValueError, match="no block 'loses'"):
+        report.filled("<!-- study: loses -->\n<!-- end -->", {})
+
+
+def test_the_page_is_what_its_files_say():
+    page = (DOCS / "results.md").read_text()
+    assert report.filled(page, records.read_all(run.RESULTS)) == page
+
+
+def test_the_plots_draw(finished, tmp_path):
+    for draw in (report.plot_curves, report.plot_rates, report.plot_factors):
+        draw(finished, tmp_path / f"{draw.__name__}.png")
+        assert (tmp_path / f"{draw.__name__}.png").stat().st_size > 5000

@@ -37,7 +37,7 @@ Convention: TypeAlias = Literal["noise_at_one", "data_at_one"]
 
 
 class FlowCoefficients(NamedTuple):
-    """Each of shape [steps]; negative where the noise is at one.
+    """Each of shape [steps], and negative where the noise is at one.
 
     Attributes:
         left: The change of the flow's time from here to the image.
@@ -46,6 +46,20 @@ class FlowCoefficients(NamedTuple):
 
     left: Factor
     dt: Factor
+
+
+class HeunCoefficients(NamedTuple):
+    """Each of shape [steps]; the first two as in `FlowCoefficients`.
+
+    Attributes:
+        left: The change of the flow's time from here to the image.
+        dt: Its change over the step.
+        ahead: Weight of the velocity at the end of the step: a half, or zero.
+    """
+
+    left: Factor
+    dt: Factor
+    ahead: Factor
 
 
 class _Flow(Sampler):
@@ -62,8 +76,8 @@ class _Flow(Sampler):
         """The starts of the steps and the end."""
         return flow_times(self.steps, self.shift, self.convention)
 
-    def coefficients(self) -> FlowCoefficients:
-        """Changes of the time; see `Sampler.coefficients`."""
+    def _changes(self) -> FlowCoefficients:
+        """Changes of the time."""
         times = self._times()
         return FlowCoefficients(left=times[-1] - times[:-1], dt=np.diff(times))
 
@@ -105,6 +119,10 @@ class Euler(_Flow):
         """The starts of the steps; see `Sampler.host_times`."""
         return (self._times()[:-1] * FLOW_TIME_SCALE).astype(np.float32)
 
+    def coefficients(self) -> FlowCoefficients:
+        """Changes of the time; see `Sampler.coefficients`."""
+        return self._changes()
+
     def step(self, predict: Predict, x: Array, at: At) -> Step:
         """Follow the velocity; see `Sampler.step`."""
         left, dt = at.coefficients
@@ -117,9 +135,9 @@ class Heun(_Flow):
     r"""Heun steps along a rectified flow: second order, two evaluations a step.
 
     :math:`x_{i+1} = x_i + \tfrac12(t_{i+1}-t_i)\,(v(x_i,t_i)+v(x'_{i+1},t_{i+1}))` with
-    the Euler prediction :math:`x'_{i+1}`. The last step is a full one as well: a
-    velocity, unlike a score over a noise level, is finite at the image. So there are
-    `steps + 1` distinct times, the last of which is the image's.
+    the Euler prediction :math:`x'_{i+1}`. The last step is a full one as well, unless
+    told otherwise: a velocity, unlike a score over a noise level, is finite at the
+    image. So there are `steps + 1` distinct times, the last of which is the image's.
 
     Attributes:
         steps: Number of steps; there are twice as many evaluations. SiT's `num_steps`
@@ -128,6 +146,9 @@ class Heun(_Flow):
             `flow_times`.
         convention: "noise_at_one" for models that predict noise minus image (those of
             `rectified_flow_loss`, REPA); "data_at_one" for image minus noise (SiT).
+        correct_last: Whether the last step is corrected, as in SiT's code ("heun2").
+            False makes it a step of Euler, as Karras et al. and REPA do; the velocity
+            at the image is then evaluated, like the others, but not used.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -140,14 +161,19 @@ class Heun(_Flow):
 
     Source:
         Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative
-        Models", algorithm 1, which falls back to Euler in the last step where this does
-        not. SiT's code ("heun2") corrects the last step as this does; REPA's does not.
+        Models", algorithm 1.
     """
 
     method: ClassVar[str] = "heun"
     steps: int = 25
     shift: float = 1.0
     convention: Convention = "noise_at_one"
+    correct_last: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        super().__post_init__()
+        _checks.check_choice("correct_last", self.correct_last, (True, False))
 
     @property
     def looks_ahead(self) -> bool:
@@ -158,12 +184,20 @@ class Heun(_Flow):
         """The starts of the steps and the end; see `Sampler.host_times`."""
         return (self._times() * FLOW_TIME_SCALE).astype(np.float32)
 
+    def coefficients(self) -> HeunCoefficients:
+        """Changes of the time, and weights; see `Sampler.coefficients`."""
+        ahead = np.full(self.steps, 0.5)
+        if not self.correct_last:
+            ahead[-1] = 0.0
+        return HeunCoefficients(*self._changes(), ahead)
+
     def step(self, predict: Predict, x: Array, at: At) -> Step:
         """Predict with the velocity here, correct with the one there."""
-        left, dt = at.coefficients
+        left, dt, ahead = at.coefficients
         v = predict(x).value
         v_ahead = predict(x + dt * v, 1).value
-        return Step(x + dt * (0.5 * (v + v_ahead)), clean=x + left * v)
+        slope = (1.0 - ahead) * v + ahead * v_ahead
+        return Step(x + dt * slope, clean=x + left * v)
 
 
 def flow_times(

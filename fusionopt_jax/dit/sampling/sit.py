@@ -85,7 +85,8 @@ class SiTSDE(Sampler):
             :math:`c\,(1-t)/t`, is infinite at the first time, 0, and is refused.
         norm: c (`diffusion_norm`), positive.
         solver: "euler" is Euler-Maruyama, "heun" adds the noise and then takes a step
-            of Heun, at two evaluations (`sampling_method`).
+            of Heun, at two evaluations (`sampling_method`). The last step evaluates
+            twice as well, but uses the first answer alone.
         last_step: "mean" follows the drift, "euler" the velocity alone. "tweedie" is
             the expected image :math:`x + (1-t)\,v`, which on a straight line is the
             same as "euler". None has no such step; the last noisy one ends at the

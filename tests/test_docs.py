@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import jax
+import matplotlib.pyplot as plt
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -49,3 +50,9 @@ def test_programs_run(page, tmp_path, monkeypatch):
                 names.update(example.globs)
             else:
                 assert language in OTHER, f"{page}:{line}: what is {language!r}?"
+    plt.close("all")
+    # `docs/draw.py` keeps what a method's page draws where the page shows it.
+    for picture in tmp_path.glob("*.png"):
+        kept = ROOT / "docs" / "images" / "methods" / picture.name
+        assert kept.exists(), f"python docs/draw.py {Path(page).stem}"
+        assert f"](../images/methods/{picture.name})" in (ROOT / page).read_text()

@@ -12,6 +12,7 @@ import jax
 import optax
 
 import fusionopt_jax as fo
+from study import rules
 
 TUNED_DECAY = 0.05
 """The decay under which the rates are tried."""
@@ -69,6 +70,7 @@ class Method(NamedTuple):
 
 PARTS = {
     "baselines": "baselines, the recipe, and the rules of a shared step size",
+    "rules": "other forms of the shared step size",
     "components": "what each component adds",
     "decay": "which iterate is decayed",
     "settings": "settings of the recipe",
@@ -154,6 +156,22 @@ def fusion(
     return build
 
 
+def referred(
+    use: Callable[..., Any], rule: str
+) -> Callable[[Setting], optax.GradientTransformationExtraArgs]:
+    """SF-NorMuon under a rule whose factor is used as `use` of `rules` says.
+
+    What it refers to is taken from the first tenth of the run.
+    """
+    recipe = fusion(*_SF)
+
+    def build(setting: Setting) -> optax.GradientTransformationExtraArgs:
+        used = use(recipe(setting), steps=max(setting.steps // 10, 2))
+        return fo.polyak(used, rule=rule)
+
+    return build
+
+
 _SF = ("ns5", "normuon", "sf")
 _AS_PUBLISHED = {"cosine": True, "momentum": 0.9, "nesterov": True}
 _KL_EVERY_STEP = {"shampoo": {"update_every": 1, "b2": 0.9}}
@@ -235,6 +253,45 @@ _BASELINES = [
         **{**_AS_PUBLISHED, "momentum": 0.95},
     ),
     _row("baselines", "muon_95", "Optax Muon, cosine, momentum 0.95", muon(0.95)),
+]
+
+_RULES = [
+    *(
+        _row(
+            "rules", f"{rule}_{name}", title, referred(use, rule), centre, averaged=True
+        )
+        for rule, name, title, use, centre in (
+            ("ratio", "hold", "ratio for a tenth, then held", rules.hold, 8e-3),
+            ("ratio", "relative", "ratio over its start", rules.relative, 8e-3),
+            (
+                *("schedule_free_plus", "hold"),
+                *("schedule_free_plus for a tenth, then held", rules.hold, 1.0),
+            ),
+            (
+                *("schedule_free_plus", "relative"),
+                *("schedule_free_plus over its start", rules.relative, 8e-3),
+            ),
+        )
+    ),
+    *(
+        _recipe(
+            *("rules", f"ratio_{low:g}_{high:g}", f"ratio within {low:g} to {high:g}"),
+            polyak_rule="ratio",
+            settings={"polyak": {"min_ratio": low, "max_ratio": high}},
+        )
+        for low, high in ((0.5, 2.0), (1.0, 10.0), (0.1, 1.0))
+    ),
+    _recipe(
+        *("rules", "plus_averaged", "schedule_free_plus, averaged with 0.98"),
+        row={"centre": 1.0},
+        polyak_rule="schedule_free_plus",
+        settings={"polyak": {"b1": 0.98}},
+    ),
+    _recipe(
+        *("rules", "ratio_uniform", "ratio, uniform averaging weights"),
+        polyak_rule="ratio",
+        settings={"sf": {"weight_lr_power": 0.0}},
+    ),
 ]
 
 _COMPONENTS = [
@@ -356,7 +413,7 @@ _LENGTH = [
 
 METHODS: dict[str, Method] = {
     method.name: method
-    for method in (*_BASELINES, *_COMPONENTS, *_DECAY, *_SETTINGS, *_LENGTH)
+    for method in (*_BASELINES, *_RULES, *_COMPONENTS, *_DECAY, *_SETTINGS, *_LENGTH)
 }
 """All rows by name, the most valuable first."""
 

@@ -52,7 +52,9 @@ def run(job: Job, progress: Callable[[int], None] = lambda _: None) -> Record:
         if not math.isfinite(loss):
             break
         curve.append(_short(loss))
-        factor = optax.tree.get(state, "step_size")
+        factor = optax.tree.get(state, "factor_used")
+        if factor is None:
+            factor = optax.tree.get(state, "step_size")
         step_sizes += [] if factor is None else [_short(factor)]
         progress(count + 1)
         started = time.process_time()

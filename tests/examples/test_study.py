@@ -1,11 +1,13 @@
 """The study: data that is the same everywhere, runs that resume, tables from files."""
 
+import concurrent.futures
 import math
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from study import (
     glyphs,
@@ -13,6 +15,7 @@ from study import (
     plan,
     records,
     report,
+    rules,
     run,
     sources,
     summary,
@@ -170,6 +173,32 @@ def test_the_rate_warms_up_and_falls_to_zero():
     )
 
 
+@pytest.mark.parametrize(
+    ("use", "expected"),
+    [
+        # Steps 2 and 3 give the reference, the root of 2 x 8.
+        (rules.hold, [1.0, 1.0, 2.0, 8.0, 4.0, 0.0, 4.0]),
+        (rules.relative, [1.0, 1.0, 1.0, 1.0, 1.5, 0.0, 0.5]),
+    ],
+)
+def test_a_factor_is_referred_to_its_start(use, expected):
+    inner = fo.schedule_free(optax.identity(), 1.0, b1=0.0)
+    tx = use(inner, steps=4)
+    params = jnp.zeros(())
+    state = tx.init(params)
+    moved = []
+    for factor in (1.0, 1.0, 2.0, 8.0, 6.0, 0.0, 2.0):
+        updates, state = tx.update(
+            jnp.ones(()), state, params, step_size=jnp.float32(factor)
+        )
+        params = params + updates
+        moved.append(-float(updates))
+    # The exponential of a mean of fp32 logarithms: a few parts in 10^7, of sums of 20.
+    np.testing.assert_allclose(moved, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="at least 2, got 1"):
+        use(inner, steps=1)
+
+
 # What to run next
 
 
@@ -266,7 +295,7 @@ def test_a_run_that_is_no_number_ends(small):
     assert (done.curve, done.figures, done.final) == ([], {}, math.inf)
 
 
-def commands(monkeypatch, folder, fails_at=None):
+def commands(monkeypatch, folder, *more, fails_at=None):
     """Run the command with runs that cost nothing; the jobs that it asks for."""
     asked = []
 
@@ -278,7 +307,7 @@ def commands(monkeypatch, folder, fails_at=None):
 
     monkeypatch.setattr(training, "run", pretend)
     given = ("--out", str(folder), "--workload", "lm", "--only", "adamw")
-    return run.main([*given, "--seeds", "1", "2"]), asked
+    return run.main([*given, "--seeds", "1", "2", *more]), asked
 
 
 def test_the_command_goes_on_where_it_was_stopped(monkeypatch, tmp_path, capsys):
@@ -293,6 +322,18 @@ def test_the_command_goes_on_where_it_was_stopped(monkeypatch, tmp_path, capsys)
     assert not set(first) & set(rest)
     assert commands(monkeypatch, tmp_path) == (0, [])
     assert "go on from here" in capsys.readouterr().err.replace("goes", "go")
+
+
+def test_runs_side_by_side_are_the_same(monkeypatch, tmp_path):
+    _, one_by_one = commands(monkeypatch, tmp_path / "one")
+    # Threads in place of processes, which would not know what is patched here.
+    threads = concurrent.futures.ThreadPoolExecutor
+    monkeypatch.setattr(
+        run, "ProcessPoolExecutor", lambda workers, mp_context: threads(workers)
+    )
+    code, asked = commands(monkeypatch, tmp_path / "three", "--processes", "3")
+    assert code == 0
+    assert sorted(asked) == sorted(one_by_one)
 
 
 def test_list_runs_nothing(monkeypatch, tmp_path, capsys):

@@ -35,6 +35,7 @@ from fusionopt_jax.dit.sampling.loop import Samples, run_sampler
 from fusionopt_jax.dit.sampling.sample import sample
 from fusionopt_jax.dit.sampling.sampler import Sampler
 from fusionopt_jax.dit.sampling.step_cache import Remembering, StepCache
+from fusionopt_jax.dit.weights.diffusers import from_diffusers, to_diffusers
 from fusionopt_jax.dit.weights.pytorch import from_pytorch, to_pytorch
 
 del _flax
@@ -59,6 +60,7 @@ __all__ = [
     "clear_cache_registry",
     "diffusion_loss",
     "export_sampler",
+    "from_diffusers",
     "from_pytorch",
     "get_or_build_cache",
     "init_params",
@@ -70,5 +72,6 @@ __all__ = [
     "sample",
     "strip_modulators",
     "take_rows",
+    "to_diffusers",
     "to_pytorch",
 ]

@@ -198,7 +198,6 @@ def _read_config(content: Mapping[str, Any]) -> Config:
 def _renamed(weights: Weights, config: Config) -> Weights:
     """Every entry under its name of today, each in its shape, none other."""
     prefixed = any(name.startswith(_PREFIX) for name in weights)
-    new_names: dict[str, str] = {}
     origins: dict[str, str] = {}
     problems = []
     for old in weights:
@@ -210,7 +209,7 @@ def _renamed(weights: Weights, config: Config) -> Weights:
         name = canonical_name(name, len(config.block_out_channels))
         if name in origins:
             problems.append(f"{old} and {origins[name]} are the same entry")
-        new_names[old], origins[name] = name, old
+        origins[name] = old
     expected = {
         name: shape
         for part in parts_in(origins)
@@ -231,7 +230,7 @@ def _renamed(weights: Weights, config: Config) -> Weights:
         raise ValueError(
             listed("these are not the weights of the config's autoencoder", problems)
         )
-    return weights.renamed(new_names)
+    return weights.renamed({name: [old] for name, old in origins.items()})
 
 
 def _text(value: Any) -> str:

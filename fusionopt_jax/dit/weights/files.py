@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax.numpy as jnp
@@ -88,21 +88,27 @@ class Weights(Mapping[str, Any]):
         """Bytes of all arrays as they are stored."""
         return sum(one.nbytes for one in self._stored.values())
 
-    def renamed(self, names: Mapping[str, str]) -> "Weights":
+    def renamed(self, names: Mapping[str, Sequence[str]]) -> "Weights":
         """Some of the arrays under other names.
 
         Args:
-            names: From the name here to the new one; the rest is left out.
+            names: From each new name to those here; the arrays of several are laid one
+                after another along their first axis. What is not named is left out.
 
         Returns:
             The weights, still unread.
 
         Example:
-            >>> weights = read_weights({"a": np.zeros(2), "b": np.ones(2)})
-            >>> list(weights.renamed({"b": "c"}))
-            ['c']
+            >>> weights = read_weights({"a": np.zeros(2), "b": np.ones(1)})
+            >>> weights.renamed({"ab": ["a", "b"]})["ab"].tolist()
+            [0.0, 0.0, 1.0]
         """
-        return Weights({new: self._stored[name] for name, new in names.items()})
+        return Weights(
+            {
+                new: _concatenated([self._stored[name] for name in old])
+                for new, old in names.items()
+            }
+        )
 
     def reporting(self, progress: Progress | None) -> "Weights":
         """The same weights, which say how far the reading is.
@@ -193,6 +199,11 @@ def open_file(path: pathlib.Path, entry: str | None = None) -> Mapping[str, Any]
         ...
         FileNotFoundError: there is no weight file nowhere.bin.
     """
+    if path.is_dir():
+        raise ValueError(
+            f"{path} is a folder; `from_diffusers` reads those that save_pretrained "
+            "wrote."
+        )
     if not path.is_file():
         raise FileNotFoundError(f"there is no weight file {path}.")
     read = FORMATS.get(path.suffix.lower())
@@ -282,6 +293,20 @@ def _check_content(path: pathlib.Path) -> None:
             f"{path} is a .safetensors file by its content; rename it to end in "
             ".safetensors."
         )
+
+
+def _concatenated(parts: list[Stored]) -> Stored:
+    """Several arrays of one type as one, along their first axis."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+
+    def read() -> np.ndarray:
+        """Read all of them."""
+        return np.concatenate([part.read() for part in parts])
+
+    length = sum(part.shape[0] for part in parts)
+    return Stored((length, *first.shape[1:]), first.dtype, read)
 
 
 def _choose_entry(content: Any, entry: str | None, source: str) -> Mapping[str, Any]:

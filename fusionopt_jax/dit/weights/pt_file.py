@@ -255,7 +255,7 @@ class TorchFile:
         self.close()
 
     def check_size(self, values: Iterable[Any]) -> None:
-        """Refuse tensors that together take far more memory than the file has bytes.
+        """Refuse tensors whose bytes are missing, or that take far more than there are.
 
         Many tensors can share one storage, and each becomes an array of its own.
 
@@ -263,7 +263,8 @@ class TorchFile:
             values: What will be read; anything but a `TensorRecord` takes nothing.
 
         Raises:
-            ValueError: If they claim far more than the file has.
+            ValueError: If one claims other bytes than its storage has, or all of them
+                far more than the file.
         """
         records = [value for value in values if isinstance(value, TensorRecord)]
         # Read as fp32; before that, the whole storage of one at a time.
@@ -272,8 +273,10 @@ class TorchFile:
             for record in records
         )
         try:
+            for record in records:
+                self._check_storage(record.storage)
             check_swelling(declared, self._path.stat().st_size)
-        except ValueError as error:
+        except (KeyError, ValueError) as error:
             raise ValueError(
                 f"{self._path} is not a readable PyTorch file: {error}."
             ) from error
@@ -282,22 +285,27 @@ class TorchFile:
         """The values of a tensor."""
         storage = record.storage
         try:
+            self._check_storage(storage)
             data = self._read(f"{self._folder}/data/{storage.key}")
-            dtype = np.dtype(storage.dtype)
-            if len(data) != storage.size * dtype.itemsize:
-                raise ValueError(
-                    f"storage {storage.key!r} has {len(data)} bytes instead of "
-                    f"{storage.size * dtype.itemsize}"
-                )
         except Exception as error:
             raise ValueError(
                 f"{self._path} is not a readable PyTorch file: {error}."
             ) from error
+        dtype = np.dtype(storage.dtype)
         values = np.frombuffer(data, dtype.newbyteorder(self._order))
         strides = tuple(step * dtype.itemsize for step in record.strides)
         return np.lib.stride_tricks.as_strided(
             values[record.offset :], record.shape, strides, writeable=False
         )
+
+    def _check_storage(self, storage: _Storage) -> None:
+        """Require the bytes that a storage claims, without reading them."""
+        held = self._archive.getinfo(f"{self._folder}/data/{storage.key}").file_size
+        claimed = storage.size * np.dtype(storage.dtype).itemsize
+        if held != claimed:
+            raise ValueError(
+                f"storage {storage.key!r} has {held} bytes instead of {claimed}"
+            )
 
     def _find_folder(self) -> str:
         """The archive's only top folder."""

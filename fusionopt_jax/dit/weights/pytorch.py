@@ -1,64 +1,49 @@
-"""The layout of the published PyTorch DiT's weights, in and out."""
+"""Weights of the published PyTorch DiT, and of SiT and REPA, which have its names."""
 
-import math
 import os
 import re
+import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from fusionopt_jax._paths import named_leaves
+from fusionopt_jax._checks import check_choice
 from fusionopt_jax._types import Params
-from fusionopt_jax.dit.config import TIME_FEATURES, DiTConfig
-from fusionopt_jax.dit.network.embeddings import position_embedding
-from fusionopt_jax.dit.network.model import as_dict, init_params
-from fusionopt_jax.dit.network.modulation import BLOCK_PARTS, FINAL_PARTS, MODULATOR
-from fusionopt_jax.dit.weights.files import listed, read_weights
+from fusionopt_jax.dit.config import DiTConfig
+from fusionopt_jax.dit.weights.families import check_family
+from fusionopt_jax.dit.weights.files import Progress, Weights, listed, read_weights
+from fusionopt_jax.dit.weights.published import (
+    POSITIONS,
+    build_params,
+    check_entries,
+    check_positions,
+    expected_shapes,
+    read_config,
+    take_apart,
+)
 
-_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
-"""Heads of the published widths; the weights do not show their number."""
+Kind: TypeAlias = Literal["dit", "sit", "repa"]
 
-_MODULATOR = f"{MODULATOR}.1"
-"""The second of the SiLU and the linear map that a published modulator is."""
-
-_LINEARS = {
-    "t_embedder.mlp.0": ("t_embedder", "fc1"),
-    "t_embedder.mlp.2": ("t_embedder", "fc2"),
-    "final_layer.linear": ("final_layer", "linear"),
-    f"final_layer.{_MODULATOR}": ("final_layer", MODULATOR),
-}
-
-_BLOCK_LINEARS = {
-    "attn.qkv": ("attn", "qkv"),
-    "attn.proj": ("attn", "proj"),
-    "mlp.fc1": ("mlp", "fc1"),
-    "mlp.fc2": ("mlp", "fc2"),
-    _MODULATOR: (MODULATOR,),
-}
-
-_PATCH = "x_embedder.proj"
-_TABLE = "y_embedder.embedding_table.weight"
-_POSITIONS = "pos_embed"
-
-_POSITION_TOLERANCE = 1e-2
-"""Far above the rounding of a bfloat16 file, far below what a learned table differs."""
+_TIME_SCALES: dict[Kind, float] = {"dit": 1.0, "sit": 1e-3, "repa": 1e-3}
+"""What turns 1000 t into the time that a model embeds: SiT and REPA embed t itself."""
 
 
 def from_pytorch(
     state_dict: Mapping[str, Any] | str | os.PathLike[str],
     num_heads: int | None = None,
     *,
+    kind: Kind = "dit",
     entry: str | None = None,
     has_null_label: bool = True,
-    time_scale: float = 1.0,
+    time_scale: float | None = None,
+    progress: Progress | None = None,
 ) -> tuple[dict[str, Any], DiTConfig]:
     """Read the weights of a published PyTorch DiT, or of one that was trained like it.
 
     Every size is read from the weights. Files are never executed: a `.pt` file is read
     without PyTorch, and one that holds anything but tensors and plain data is refused.
+    Arrays are read one at a time, once all names and shapes have been checked.
 
     Args:
         state_dict: A dict from names to arrays (NumPy, JAX or PyTorch), or a file:
@@ -66,62 +51,72 @@ def from_pytorch(
             (needs safetensors), or `.npz`.
         num_heads: Attention heads. None takes those of the published model of this
             width; other widths must say, since the weights do not show it.
+        kind: The code that the weights were trained with, which they do not show
+            either: "dit", "sit" or "repa". The last two embed t in [0, 1], so that
+            `time_scale` becomes 0.001 and the model is given 1000 t like any other.
+            SiT has its data at t = 1 and REPA at t = 0: sample them with
+            `convention="data_at_one"` and "noise_at_one". Of a REPA file the
+            projectors, which only its training uses, are left out with a warning, and
+            blocks that an older version named `decoder_blocks` are put after the
+            others.
         entry: Which part of a training checkpoint to take, such as "ema" or "model".
             None takes "ema", else "model", else "state_dict", else all of it.
         has_null_label: Whether the last row of the label table is the null label, as
             in every published model.
-        time_scale: `DiTConfig.time_scale` of the model.
+        time_scale: `DiTConfig.time_scale` of a model of kind "dit"; None is 1.
+        progress: Called after each array with the bytes that have been read and the
+            bytes of all, as they are stored; None calls nothing.
 
     Returns:
         The parameters, in fp32 and in the layout of
-        :func:`~fusionopt_jax.dit.init_params`, and the config.
+        :func:`~fusionopt_jax.dit.init_params`, and the config. `learn_sigma` is read
+        from the rows of the last layer; a SiT's second half of channels means nothing,
+        and samplers don't read it.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ImportError: If safetensors is needed and missing.
-        ValueError: If the file is damaged or no weight file; if entries are missing,
+        ValueError: If the file is damaged or no weight file; if it is of another family
+            of models, or has the names of diffusers; if entries are missing,
             unexpected or misshapen, with the list of them; if values are not finite
-            floating-point numbers; if the position embedding is not the fixed one.
+            floating-point numbers; if the position embedding is not the fixed one; if
+            `time_scale` is not that of the kind.
+
+    Warns:
+        UserWarning: If projectors of REPA are left out.
 
     Example:
         >>> config = DiTConfig(input_size=8, hidden_size=32, depth=2, num_heads=4)
+        >>> from fusionopt_jax.dit import init_params
         >>> weights = to_pytorch(init_params(config), config)
         >>> params, same_config = from_pytorch(weights, num_heads=4)
         >>> same_config == config
         True
+        >>> _, of_sit = from_pytorch(weights, num_heads=4, kind="sit")
+        >>> of_sit.time_scale
+        0.001
 
-    Source: names and layouts of the PyTorch model that Peebles and Xie published.
+    Source: names and layouts of the PyTorch model that Peebles and Xie published; SiT
+    (Ma et al., arXiv 2401.08740) and REPA (Yu et al., arXiv 2410.06940) keep them.
     """
+    check_choice("kind", kind, _TIME_SCALES)
+    scale = _TIME_SCALES[kind] if time_scale is None else time_scale
+    if kind != "dit" and scale != _TIME_SCALES[kind]:
+        raise ValueError(
+            f"`time_scale` of a model of kind {kind!r} is {_TIME_SCALES[kind]}, not "
+            f"{time_scale}; leave it out."
+        )
     weights = read_weights(state_dict, entry)
-    arrays = {name.removeprefix("module."): value for name, value in weights.items()}
-    config = _read_config(arrays, num_heads, has_null_label, time_scale)
-    _check_entries(arrays, config)
-    _check_positions(arrays[_POSITIONS], config)
-
-    def linear(name: str) -> Params:
-        """A linear map in `(in, out)` layout."""
-        return {"kernel": arrays[f"{name}.weight"].T, "bias": arrays[f"{name}.bias"]}
-
-    # Convolution weights lie as (out, channel, row, column), patches as (row, column,
-    # channel).
-    patch = arrays[f"{_PATCH}.weight"].transpose(2, 3, 1, 0)
-    params: dict[str, Any] = {
-        "x_embedder": {
-            "proj": {
-                "kernel": patch.reshape(-1, config.hidden_size),
-                "bias": arrays[f"{_PATCH}.bias"],
-            }
-        },
-        "y_embedder": {"embedding_table": arrays[_TABLE]},
-        "blocks": {},
-    }
-    for name, path in _LINEARS.items():
-        _put(params, path, linear(name))
-    for name, path in _BLOCK_LINEARS.items():
-        layers = [linear(f"blocks.{i}.{name}") for i in range(config.depth)]
-        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
-        _put(params["blocks"], path, stacked)
-    return jax.tree.map(jnp.asarray, params), config
+    weights = weights.renamed(
+        {name.removeprefix("module."): [name] for name in weights}
+    )
+    check_family(weights, "published")
+    weights = _without_training_parts(weights, kind)
+    config = read_config(weights.shapes, num_heads, has_null_label, scale)
+    check_entries(weights.shapes, expected_shapes(config))
+    weights = weights.reporting(progress)
+    check_positions(weights[POSITIONS], config)
+    return build_params(weights, config), config
 
 
 def to_pytorch(params: Params, config: DiTConfig) -> dict[str, np.ndarray]:
@@ -136,183 +131,64 @@ def to_pytorch(params: Params, config: DiTConfig) -> dict[str, np.ndarray]:
         `torch.from_numpy`, `numpy.savez` and `safetensors.numpy.save_file` take them.
 
     Raises:
-        ValueError: If the parameters do not have the sizes of the config.
+        ValueError: If the parameters do not have the sizes of the config, or if the
+            published code would compute something else with them.
 
     Example:
+        >>> from fusionopt_jax.dit import init_params
         >>> config = DiTConfig(input_size=8, hidden_size=32, depth=2, num_heads=4)
         >>> to_pytorch(init_params(config), config)["blocks.1.attn.qkv.weight"].shape
         (96, 32)
 
     Source: names and layouts of the PyTorch model that Peebles and Xie published.
     """
-    params = as_dict(params)
-    _check_params(params, config)
-    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), dict(params))
-    width, patch = config.hidden_size, config.patch_size
-    kernel = params["x_embedder"]["proj"]["kernel"]
-    kernel = kernel.reshape(patch, patch, config.in_channels, width)
-    positions = position_embedding(config.grid_size, width)
-    arrays = {
-        _POSITIONS: positions[None],
-        f"{_PATCH}.weight": kernel.transpose(3, 2, 0, 1),
-        f"{_PATCH}.bias": params["x_embedder"]["proj"]["bias"],
-        _TABLE: params["y_embedder"]["embedding_table"],
-    }
-    for name, path in _LINEARS.items():
-        leaf = _get(params, path)
-        arrays |= {f"{name}.weight": leaf["kernel"].T, f"{name}.bias": leaf["bias"]}
-    for index in range(config.depth):
-        for name, path in _BLOCK_LINEARS.items():
-            leaf = _get(params["blocks"], path)
-            arrays[f"blocks.{index}.{name}.weight"] = leaf["kernel"][index].T
-            arrays[f"blocks.{index}.{name}.bias"] = leaf["bias"][index]
-    return {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+    for name, value in (("frequency_shift", 0), ("norm_eps", 1e-6)):
+        if getattr(config, name) != value:
+            raise ValueError(
+                f"the published DiT has {name} {value} in its code, but this model "
+                f"{getattr(config, name)}, so it would give other images there; to "
+                "have the weights all the same, hand over "
+                f"dataclasses.replace(config, {name}={value})."
+            )
+    return take_apart(params, config)
 
 
-def _get(tree: Params, path: tuple[str, ...]) -> Params:
-    """The subtree at a path."""
-    for key in path:
-        tree = tree[key]
-    return tree
-
-
-def _put(tree: Params, path: tuple[str, ...], value: Params) -> None:
-    """Set the subtree at a path."""
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = value
-
-
-def _read_config(
-    arrays: Mapping[str, np.ndarray],
-    num_heads: int | None,
-    has_null_label: bool,
-    time_scale: float,
-) -> DiTConfig:
-    """The sizes that the weights have."""
-    ranks = {
-        f"{_PATCH}.weight": 4,
-        _POSITIONS: 3,
-        _TABLE: 2,
-        "blocks.0.mlp.fc1.weight": 2,
-        "final_layer.linear.weight": 2,
-    }
-    problems = [
-        f"{name} is missing"
-        if name not in arrays
-        else f"{name} has {arrays[name].ndim} axes instead of {rank}"
-        for name, rank in ranks.items()
-        if name not in arrays or arrays[name].ndim != rank
-    ]
-    if problems:
-        raise ValueError(listed("these are not the weights of a DiT", problems))
-    width, channels, patch, _ = arrays[f"{_PATCH}.weight"].shape
-    tokens = arrays[_POSITIONS].shape[1]
-    rows = arrays[_TABLE].shape[0]
-    outputs = arrays["final_layer.linear.weight"].shape[0]
-    inputs = patch * patch * channels
-    side = math.isqrt(tokens)
-    if min(width, inputs, tokens) == 0 or side * side != tokens:
-        problems.append(f"{_POSITIONS} has {tokens} tokens, which is no square grid")
-    if outputs not in (inputs, 2 * inputs):
-        problems.append(
-            f"final_layer.linear.weight has {outputs} outputs instead of {inputs} (or "
-            f"{2 * inputs} with a learned variance)"
-        )
-    if rows <= int(has_null_label):
-        problems.append(f"{_TABLE} has {rows} rows, too few for a class")
-    if problems:
-        raise ValueError(listed("these are not the weights of a DiT", problems))
-    if num_heads is None and width not in _HEADS:
+def _without_training_parts(weights: Weights, kind: Kind) -> Weights:
+    """What samples of a file of REPA, under the published names."""
+    normed = [name for name in weights if re.search(r"\.attn\.[qk]_norm\.", name)]
+    if normed:
         raise ValueError(
-            f"`num_heads` is needed: the weights do not show it, and width {width} is "
-            "none of the published models."
+            listed(
+                "a model that normalises its queries and keys (qk_norm) is not "
+                "supported",
+                normed,
+            )
         )
-    found = {
-        int(match[1])
-        for name in arrays
-        if (match := re.match(r"blocks\.(\d{1,6})\.", name))
-    }
-    return DiTConfig(
-        input_size=side * patch,
-        patch_size=patch,
-        in_channels=channels,
-        hidden_size=width,
-        depth=len(found),
-        num_heads=_HEADS[width] if num_heads is None else num_heads,
-        mlp_ratio=arrays["blocks.0.mlp.fc1.weight"].shape[0] / width,
-        class_dropout_prob=0.1 if has_null_label else 0.0,
-        num_classes=rows - int(has_null_label),
-        learn_sigma=outputs == 2 * inputs,
-        time_scale=time_scale,
+    projectors = [name for name in weights if name.startswith("projectors.")]
+    decoders = [name for name in weights if name.startswith("decoder_blocks.")]
+    if kind != "repa" and projectors + decoders:
+        raise ValueError(
+            f"{(projectors + decoders)[0]} is of a model trained with REPA; pass "
+            'kind="repa".'
+        )
+    if projectors:
+        warnings.warn(
+            f"{len(projectors)} arrays of REPA's projectors ({projectors[0]} and the "
+            "like) are left out: only training uses them.",
+            UserWarning,
+            stacklevel=3,
+        )
+    # An older version kept the blocks after the aligned one apart, counted from zero.
+    numbers = [re.match(r"blocks\.(\d{1,6})\.", name) for name in weights]
+    before = max((int(number[1]) + 1 for number in numbers if number), default=0)
+
+    def published(name: str) -> str:
+        """The published name of an entry."""
+        match = re.match(r"decoder_blocks\.(\d{1,6})\.", name)
+        if match is None:
+            return name
+        return f"blocks.{int(match[1]) + before}.{name[match.end() :]}"
+
+    return weights.renamed(
+        {published(name): [name] for name in weights if name not in projectors}
     )
-
-
-def _expected_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every entry of a state dict."""
-    width, patch = config.hidden_size, config.patch_size
-    linears = {
-        "t_embedder.mlp.0": (width, TIME_FEATURES),
-        "t_embedder.mlp.2": (width, width),
-        "final_layer.linear": (patch**2 * config.out_channels, width),
-        f"final_layer.{_MODULATOR}": (FINAL_PARTS * width, width),
-    }
-    for index in range(config.depth):
-        linears |= {
-            f"blocks.{index}.attn.qkv": (3 * width, width),
-            f"blocks.{index}.attn.proj": (width, width),
-            f"blocks.{index}.mlp.fc1": (config.mlp_size, width),
-            f"blocks.{index}.mlp.fc2": (width, config.mlp_size),
-            f"blocks.{index}.{_MODULATOR}": (BLOCK_PARTS * width, width),
-        }
-    shapes: dict[str, tuple[int, ...]] = {
-        _POSITIONS: (1, config.num_tokens, width),
-        f"{_PATCH}.weight": (width, config.in_channels, patch, patch),
-        f"{_PATCH}.bias": (width,),
-        _TABLE: (config.num_labels, width),
-    }
-    for name, shape in linears.items():
-        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    return shapes
-
-
-def _check_entries(arrays: Mapping[str, np.ndarray], config: DiTConfig) -> None:
-    """Require every entry, no other, each in its shape."""
-    expected = _expected_shapes(config)
-    problems = [f"{name} is missing" for name in expected if name not in arrays]
-    problems += [f"{name} is unexpected" for name in arrays if name not in expected]
-    problems += [
-        f"{name} has shape {arrays[name].shape} instead of {shape}"
-        for name, shape in expected.items()
-        if name in arrays and arrays[name].shape != shape
-    ]
-    if problems:
-        raise ValueError(listed("these are not the weights of a DiT", problems))
-
-
-def _check_positions(table: np.ndarray, config: DiTConfig) -> None:
-    """Require the fixed position embedding, which this library computes itself."""
-    fixed = position_embedding(config.grid_size, config.hidden_size)
-    difference = float(np.max(np.abs(table[0] - fixed)))
-    if difference > _POSITION_TOLERANCE:
-        raise ValueError(
-            f"{_POSITIONS} differs from the fixed sine table by {difference:.2g}: a "
-            "model with a learned or another position embedding is not supported."
-        )
-
-
-def _check_params(params: Params, config: DiTConfig) -> None:
-    """Require the parameters to have the sizes of the config."""
-    expected = jax.eval_shape(lambda: init_params(config))
-    wanted = {name: leaf.shape for name, leaf in named_leaves(expected)}
-    held = {name: np.shape(leaf) for name, leaf in named_leaves(params)}
-    problems = [
-        f"{name} has shape {held[name]} instead of {shape}"
-        if name in held
-        else f"{name} is missing"
-        for name, shape in wanted.items()
-        if held.get(name) != shape
-    ]
-    problems += [f"{name} is unexpected" for name in held if name not in wanted]
-    if problems:
-        raise ValueError(listed("`params` do not fit the config", problems))

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import pathlib
 import pickle
+import re
 import sys
 import zipfile
 
@@ -165,6 +166,67 @@ class TestRoundTrip:
         params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
         _, found = dit.from_pytorch(dit.to_pytorch(params, config))
         assert found == config
+
+
+class TestKinds:
+    @pytest.mark.parametrize("kind", ["sit", "repa"])
+    def test_embeds_time_as_it_is(self, params, weights, kind):
+        again, config = dit.from_pytorch(weights, HEADS, kind=kind)
+        assert config == dataclasses.replace(CONFIG, time_scale=1e-3)
+        chex.assert_trees_all_equal(again, params)
+        same = dit.from_pytorch(weights, HEADS, kind=kind, time_scale=1e-3)[1]
+        assert same == config
+        with pytest.raises(ValueError, match=rf"`time_scale` .*{kind}.* is 0\.001"):
+            dit.from_pytorch(weights, HEADS, kind=kind, time_scale=1.0)
+
+    def test_own_scale(self, weights):
+        _, config = dit.from_pytorch(weights, HEADS, time_scale=0.5)
+        assert config.time_scale == 0.5
+
+    def test_unknown_kind(self, weights, unchecked_types):
+        with pytest.raises(ValueError, match="`kind` must be one of 'dit', 'sit', 're"):
+            dit.from_pytorch(weights, HEADS, kind="mdt")
+
+    def test_projectors_are_left_out_and_said_so(self, params, weights):
+        extra = {
+            f"projectors.{encoder}.{layer}.{part}": np.zeros(3, np.float32)
+            for encoder in range(2)
+            for layer in (0, 2, 4)
+            for part in ("weight", "bias")
+        }
+        told = []
+        with pytest.warns(UserWarning, match=r"12 arrays .*\(projectors\.0\.0\.weight"):
+            again, _ = dit.from_pytorch(
+                {"ema": {**weights, **extra}},
+                HEADS,
+                kind="repa",
+                progress=lambda *done: told.append(done),
+            )
+        chex.assert_trees_all_equal(again, params)
+        size = sum(array.nbytes for array in weights.values())
+        assert told[-1] == (size, size)
+        for kind in ("dit", "sit"):
+            with pytest.raises(ValueError, match=r"projectors.*REPA; pass kind=.repa"):
+                dit.from_pytorch({**weights, **extra}, HEADS, kind=kind)
+
+    def test_blocks_that_an_older_version_kept_apart(self, params, weights):
+        # The first two blocks, and those after them counted from zero.
+        older = {
+            re.sub(r"^blocks\.2\.", "decoder_blocks.0.", name): array
+            for name, array in weights.items()
+        }
+        again, _ = dit.from_pytorch(older, HEADS, kind="repa")
+        chex.assert_trees_all_equal(again, params)
+        with pytest.raises(ValueError, match=r"decoder_blocks.*pass kind=.repa"):
+            dit.from_pytorch(older, HEADS, kind="sit")
+
+    @pytest.mark.parametrize("kind", ["dit", "repa"])
+    def test_normalised_queries_are_refused(self, weights, kind):
+        name = "blocks.1.attn.q_norm.weight"
+        with pytest.raises(
+            ValueError, match=r"\(qk_norm\) is not supported:\s+" + name
+        ):
+            dit.from_pytorch({**weights, name: np.ones(8, np.float32)}, kind=kind)
 
 
 class TestWrongWeights:

@@ -30,6 +30,7 @@ from fusionopt_jax.dit.export.sampler import (
 from fusionopt_jax.dit.network.model import DiT, apply, init_params
 from fusionopt_jax.dit.network.modulation import CachedModulation, take_rows
 from fusionopt_jax.dit.objectives import diffusion_loss, rectified_flow_loss
+from fusionopt_jax.dit.sampling.calibrate import calibrate
 from fusionopt_jax.dit.sampling.guidance import apply_with_guidance
 from fusionopt_jax.dit.sampling.loop import Samples, run_sampler
 from fusionopt_jax.dit.sampling.sample import sample
@@ -57,6 +58,7 @@ __all__ = [
     "apply_with_guidance",
     "build_cache",
     "cache_bytes",
+    "calibrate",
     "clear_cache_registry",
     "diffusion_loss",
     "export_sampler",

@@ -175,7 +175,7 @@ def sample(
     labels = jnp.asarray(labels)
     check_variance(config, sampler)
     guidance = Guidance(cfg_channels, guidance_interval)
-    _check_request(config, noise, labels, cfg_scale)
+    check_request(config, noise, labels, cfg_scale)
     guided = not (isinstance(cfg_scale, int | float) and cfg_scale == 1.0)
     if cache is not None:
         wanted = labels
@@ -281,7 +281,7 @@ def _tell(ticket: Any, index: Any) -> None:
         callback(int(index), total)
 
 
-def _check_request(
+def check_request(
     config: DiTConfig,
     noise: Array,
     labels: Array,

@@ -27,6 +27,7 @@ Source:
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -47,7 +48,7 @@ Mask: TypeAlias = Sequence[bool] | Sequence[Sequence[bool]] | np.ndarray
 Plans: TypeAlias = tuple[Plan, ...]
 """One plan per evaluation in a step; each array has a leading axis of steps."""
 
-_ATTENTION_SHARE = 1.0 / 3.0
+ATTENTION_SHARE = 1.0 / 3.0
 """Of a block's products with weights: 4 D^2 a token, against 8 D^2 of the MLP."""
 
 
@@ -195,7 +196,7 @@ class StepCache:
         """
         if self.mask is not None:
             return float(np.mean(self.mask))
-        shares = {"attention": _ATTENTION_SHARE, "mlp": 1.0 - _ATTENTION_SHARE}
+        shares = {"attention": ATTENTION_SHARE, "mlp": 1.0 - _ATTENTION_SHARE}
         masks = self._masks()
         return float(
             sum(
@@ -415,9 +416,27 @@ def extrapolation(times: np.ndarray, mask: Any, order: int) -> np.ndarray:
     weights[..., 0] = 1.0
     for step, *rest in np.argwhere(~mask).tolist():
         nodes = times[source_steps(mask[(slice(None), *rest)], step, order)]
-        for i, node in enumerate(nodes):
-            others = np.delete(nodes, i)
-            weights[step, *rest, i] = np.prod((times[step] - others) / (node - others))
+        weights[step, *rest] = extrapolation_weights(nodes, times[step])
+    return weights
+
+
+def extrapolation_weights(nodes: np.ndarray, time: np.ndarray | float) -> np.ndarray:
+    """The weights of residuals at distinct times; the equation heads this module.
+
+    Args:
+        nodes: [..., order + 1], the times of the residuals.
+        time: [...], the time to extrapolate to.
+
+    Returns:
+        Float64 of the shape of `nodes`.
+
+    Example:
+        >>> extrapolation_weights(np.array([3.0, 4.0]), 1.0).tolist()
+        [3.0, -2.0]
+    """
+    weights = np.ones(nodes.shape)
+    for i, j in itertools.permutations(range(nodes.shape[-1]), 2):
+        weights[..., i] *= (time - nodes[..., j]) / (nodes[..., i] - nodes[..., j])
     return weights
 
 

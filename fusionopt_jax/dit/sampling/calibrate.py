@@ -1,0 +1,441 @@
+"""Which steps may be skipped: measured on a walk of the model that skips nothing.
+
+Along such a walk, the residual that a `StepCache` would recall is known in every step,
+and so is what it would be extrapolated to from any earlier steps. `record` keeps their
+inner products, from which `Residuals.choose` finds the cheapest choice of steps within
+a budget of error, or the one of least error at a given cost; `skip_planning` has the
+equations. `calibrate` does both for a DiT.
+
+The errors are those along the exact walk. Errors that add up on the way, and move the
+walk itself, are not in them: look at samples before a budget is settled.
+
+Source:
+    The rule is ours. Ma et al. 2025, "MagCache", choose steps by the magnitudes of
+    residuals from one calibration, greedily; Ma et al. 2024, "Learning-to-Cache", learn
+    which layers to skip.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.experimental import io_callback
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from fusionopt_jax import _checks
+from fusionopt_jax._types import Params
+from fusionopt_jax.dit.cache.dit import TimeConditioningCache
+from fusionopt_jax.dit.cache.fingerprint import WeightDigests, weight_digests
+from fusionopt_jax.dit.config import DiTConfig
+from fusionopt_jax.dit.network.model import as_dict
+from fusionopt_jax.dit.network.residuals import Plan, Recall
+from fusionopt_jax.dit.sampling.denoiser import cached_tables, denoiser
+from fusionopt_jax.dit.sampling.flow import FLOW_TIME_SCALE
+from fusionopt_jax.dit.sampling.guidance import Guidance, GuidedChannels
+from fusionopt_jax.dit.sampling.loop import run_sampler
+from fusionopt_jax.dit.sampling.sample import check_request, check_variance
+from fusionopt_jax.dit.sampling.sampler import Sampler
+from fusionopt_jax.dit.sampling.skip_planning import Walk, best_walks, run_errors
+from fusionopt_jax.dit.sampling.step_cache import (
+    ATTENTION_SHARE,
+    Remembering,
+    StepCache,
+    extrapolation,
+    remembering,
+)
+
+NUMBERS = 2**16
+"""Most numbers that are kept of the residual of one step; of larger ones as many are
+picked at random, which finds a relative error to a per cent of itself."""
+
+LONGEST = 8
+"""Most steps that are skipped in a row."""
+
+ROUNDING = 1e-9
+"""A third and two thirds of a half may add up to a little more than a half."""
+
+
+def calibrate(
+    params: Params,
+    config: DiTConfig,
+    sampler: Sampler,
+    labels: Int[Array | np.ndarray, " batch"] | Sequence[int],
+    *,
+    budget: float | None = None,
+    fraction: float | None = None,
+    order: int = 1,
+    branches: bool = False,
+    cache: TimeConditioningCache | None = None,
+    noise: Float[Array | np.ndarray, "batch height width channels"] | None = None,
+    cfg_scale: float | Float[Array, ""] | Float[Array, " batch"] = 1.5,
+    cfg_channels: GuidedChannels = None,
+    guidance_interval: tuple[float, float] | None = None,
+    key: PRNGKeyArray | None = None,
+    dtype: DTypeLike = jnp.float32,
+) -> StepCache:
+    r"""Choose the steps that a `StepCache` computes, from the model's own residuals.
+
+    The model samples one image for each of `labels` and skips nothing. What each choice
+    of steps would have recalled is then known, and with it the relative error of each
+    skipped step, :math:`\|\hat r - r\| / \|r\|`. Of all choices the cheapest is
+    returned whose mean error over the walk (0 where a step computes) is within
+    `budget`; or, given `fraction` instead, the one of least error that leaves no more
+    than this share of the work. Both are exact, not greedy.
+
+    Args:
+        params: Parameters, with the modulators or, given a cache, without.
+        config: Sizes of the model.
+        sampler: The walk that the step cache is for.
+        labels: [batch] integers; ten or twenty images of typical labels are enough.
+        budget: At least 0, which skips nothing; 0.01 to 0.05 are usual.
+        fraction: In (0, 1], the share of the network's work that may be left, as in
+            `StepCache.fraction`; 0.5 halves it.
+        order: Order of the extrapolation, 0, 1 or 2.
+        branches: Choose steps for the attention and the MLPs apart, which keeps a
+            residual for each block and branch, instead of for all blocks together.
+        cache: As for `sample`.
+        noise: [batch, input_size, input_size, in_channels], standard normal; None draws
+            it from a fixed key.
+        cfg_scale: Guidance scale of the request that the step cache is for, as for
+            `sample`; like the next three.
+        cfg_channels: See `sample`.
+        guidance_interval: See `sample`. Its first `order + 1` steps compute.
+        key: Randomness of samplers that draw noise.
+        dtype: Type of the operands of the large products.
+
+    Returns:
+        A step cache that knows the weights and the sampler, and is refused with others.
+
+    Raises:
+        ValueError: If neither or both of `budget` and `fraction` are given or one is
+            out of range, if the sampler has too few steps for the order or the
+            fraction, if residuals are not finite, or as `sample` does.
+        TypeError: If it is called inside a `jax.jit`, where nothing can be measured.
+
+    Example:
+        >>> from fusionopt_jax import dit
+        >>> config = dit.DiTConfig(
+        ...     input_size=4, hidden_size=32, depth=1, num_heads=2, num_classes=10
+        ... )
+        >>> params, sampler = dit.init_params(config), dit.Sampler.euler(steps=6)
+        >>> step_cache = dit.calibrate(params, config, sampler, [3, 7], fraction=0.5)
+        >>> sum(step_cache.mask), step_cache.order, step_cache.sampler == sampler
+        (3, 1, True)
+        >>> noise = jax.random.normal(jax.random.key(0), (2, 4, 4, 4))
+        >>> images = dit.sample(
+        ...     params, config, None, noise, [3, 7], sampler, step_cache=step_cache
+        ... )
+
+    Source:
+        As the head of this module says.
+    """
+    _check_choice(budget, fraction)
+    labels = jnp.asarray(labels)
+    if noise is None:
+        shape = (len(labels), config.input_size, config.input_size, config.in_channels)
+        noise = jax.random.normal(jax.random.key(0), shape)
+    noise = jnp.asarray(noise, jnp.float32)
+    arrays = (params, cache, noise, labels, cfg_scale, key)
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arrays)):
+        raise TypeError(
+            "calibrate measures the residuals of a model, which is impossible while "
+            "`jax.jit` traces it; call it outside and hand its result in."
+        )
+    check_variance(config, sampler)
+    check_request(config, noise, labels, cfg_scale)
+    guided = not (isinstance(cfg_scale, int | float) and cfg_scale == 1.0)
+    guidance = Guidance(cfg_channels, guidance_interval) if guided else None
+    if cache is not None:
+        wanted = np.asarray(labels)
+        if guided:
+            wanted = np.append(wanted, config.null_label)
+        cache.check(params, config, times=sampler.host_times(), labels=wanted)
+
+    recorder = _Recorder(sampler, branches)
+
+    # Weights as arguments: closed over, they would become constants of the program.
+    @jax.jit
+    def walk(
+        params: Params, cache: Any, noise: Array, labels: Array, scale: Array, key: Any
+    ) -> Array:
+        """The walk that skips nothing."""
+        network = denoiser(
+            params, config, cache, labels, scale, guidance=guidance, dtype=dtype
+        )
+        return run_sampler(
+            sampler,
+            recorder.watch(network),
+            noise,
+            conditions=cached_tables(cache, sampler),
+            step_cache=recorder.plans(),
+            key=key,
+        ).images
+
+    scale = jnp.asarray(cfg_scale, jnp.float32)
+    jax.block_until_ready(walk(params, cache, noise, labels, scale, key))
+    return Residuals(
+        sampler,
+        recorder.products(),
+        interval=None if guidance is None else guidance.interval,
+        fingerprint=weight_digests(as_dict(params)),
+    ).choose(budget=budget, fraction=fraction, order=order)
+
+
+def record(
+    sampler: Sampler,
+    denoise: Callable[[Array, Array, Any], Array] | Remembering,
+    noise: Float[Array, "batch height width channels"],
+    *,
+    conditions: Any = None,
+    key: PRNGKeyArray | None = None,
+) -> "Residuals":
+    """Walk with any function as the network, and keep what a choice of steps needs.
+
+    Args:
+        sampler: The walk.
+        denoise: As for `run_sampler`: the residual is what `plan.network` recalls of a
+            `Remembering`, and the prediction of a plain function.
+        noise: [batch, height, width, channels], standard normal.
+        conditions: As for `run_sampler`.
+        key: For samplers that draw noise.
+
+    Returns:
+        What `Residuals.choose` needs.
+
+    Raises:
+        ValueError: If residuals are not finite, or as `run_sampler` does.
+
+    Example:
+        >>> from fusionopt_jax import dit
+        >>> sampler = dit.Sampler.euler(steps=6)
+        >>> predict = lambda image, time, condition: image * time / 1000
+        >>> residuals = record(sampler, predict, jnp.ones((1, 2, 2, 3)))
+        >>> residuals.choose(fraction=0.5).mask
+        (True, True, False, True, False, False)
+    """
+    recorder = _Recorder(sampler, branches=False)
+    walk = run_sampler(
+        sampler,
+        recorder.watch(remembering(denoise)),
+        noise,
+        conditions=conditions,
+        step_cache=recorder.plans(),
+        key=key,
+    )
+    jax.block_until_ready(walk.images)
+    return Residuals(sampler, recorder.products())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Residuals:
+    """What is kept of the residuals of a walk that skips nothing.
+
+    Attributes:
+        sampler: The walk.
+        products: By the names of the masks of a `StepCache`, and for each evaluation in
+            a step, the inner products of the residuals of all steps, [streams, steps,
+            steps]: one stream for the network, one a block for a branch.
+        interval: Guidance interval of the request, or None.
+        fingerprint: Digests of the weights; None if they are not known.
+
+    Example:
+        See :func:`record`.
+    """
+
+    sampler: Sampler
+    products: dict[str, list[np.ndarray]]
+    interval: tuple[float, float] | None = None
+    fingerprint: WeightDigests | None = None
+
+    def choose(
+        self,
+        *,
+        budget: float | None = None,
+        fraction: float | None = None,
+        order: int = 1,
+        longest: int = LONGEST,
+    ) -> StepCache:
+        """The cheapest step cache within a budget, or the best one at a cost.
+
+        Args:
+            budget: Mean over the steps of the relative error of what is recalled; see
+                `calibrate`. That of two branches is the sum of theirs.
+            fraction: The share of the network's work that may be left.
+            order: Order of the extrapolation, 0, 1 or 2.
+            longest: Most steps that are skipped in a row, at least 1.
+
+        Returns:
+            The step cache, with the sampler and the digests of the weights.
+
+        Raises:
+            ValueError: As for `calibrate`.
+        """
+        _check_choice(budget, fraction)
+        _checks.check_choice("order", order, (0, 1, 2))
+        _checks.check_integer("longest", longest, low=1)
+        steps = self.sampler.steps
+        if budget == 0.0:
+            # An error may be exactly 0 where nothing moves; still nothing is skipped.
+            return self._step_cache(
+                dict.fromkeys(self.products, np.ones(steps, bool)), order
+            )
+        walks = {name: self._walks(name, order, longest) for name in self.products}
+        found = []
+        for counts in itertools.product(*walks.values()):
+            chosen = dict(zip(walks, counts, strict=True))
+            error = sum(walks[name][n].error for name, n in chosen.items()) / steps
+            cost = sum(_cost(name, n, steps) for name, n in chosen.items())
+            if budget is not None and error <= budget:
+                found.append((cost, error, counts))
+            elif fraction is not None and cost <= fraction + ROUNDING:
+                found.append((error, cost, counts))
+        if not found:
+            raise ValueError(
+                f"`fraction` of {fraction} of {steps} steps is out of reach: with "
+                f"order={order} the first {order + 1} steps compute, and at most "
+                f"{longest} are skipped in a row; raise it, or lower the order."
+            )
+        *_, counts = min(found)
+        masks = {n: walks[n][k].mask for n, k in zip(walks, counts, strict=True)}
+        return self._step_cache(masks, order)
+
+    def _walks(self, name: str, order: int, longest: int) -> dict[int, Walk]:
+        """The best walks of one mask."""
+        times = np.asarray(self.sampler.host_times(), np.float64)
+        total: Any = 0.0
+        every = self.products[name]
+        for ahead, products in zip(self.sampler.evaluations, every, strict=True):
+            visited = times[ahead : ahead + self.sampler.steps]
+            # Refuses times at which nothing can be extrapolated.
+            extrapolation(visited, np.ones(len(visited), bool), order)
+            runs = run_errors(
+                products, visited, order, longest, self._computed(visited, order)
+            )
+            total = total + runs / len(every)
+        return best_walks(total)
+
+    def _computed(self, times: np.ndarray, order: int) -> np.ndarray:
+        """The first steps within a guidance interval: no null label came before."""
+        if self.interval is None:
+            return np.zeros(len(times), bool)
+        low, high = (np.float32(edge * FLOW_TIME_SCALE) for edge in self.interval)
+        inside = (low <= times) & (times <= high)
+        return inside & (np.cumsum(inside) <= order + 1)
+
+    def _step_cache(self, masks: dict[str, np.ndarray], order: int) -> StepCache:
+        """A step cache of these masks that knows what it was measured on."""
+        return StepCache(
+            **masks, order=order, fingerprint=self.fingerprint, sampler=self.sampler
+        )
+
+
+class _Recorder:
+    """Sees every residual of a walk, and keeps some of its numbers.
+
+    Attributes:
+        sampler: The walk.
+        branches: Whether the residuals are those of branches, a pair of trees whose
+            leaves have a leading axis of blocks.
+    """
+
+    def __init__(self, sampler: Sampler, branches: bool) -> None:
+        self.sampler = sampler
+        self.branches = branches
+        self._seen: list[Any] = []
+
+    def plans(self) -> tuple[Plan, ...]:
+        """Compute everything, and keep the last residual."""
+        steps = self.sampler.steps
+        recall = Recall(np.ones(steps, bool), np.ones((steps, 1)))
+        plan = (
+            Plan(attention=recall, mlp=recall)
+            if self.branches
+            else Plan(network=recall)
+        )
+        return (plan,) * len(self.sampler.evaluations)
+
+    def watch(self, network: Remembering) -> Remembering:
+        """The same network, which shows what it keeps."""
+
+        def denoise(
+            image: Array, time: Array, condition: Any, plan: Plan, kept: Any
+        ) -> tuple[Array, Any]:
+            """Evaluate it, and hand some numbers of its residuals to the host."""
+            output, kept = network.denoise(image, time, condition, plan, kept)
+            io_callback(self._seen.append, None, self._picked(kept), ordered=True)
+            return output, kept
+
+        return Remembering(denoise)
+
+    def _picked(self, kept: Any) -> dict[str, list[Array]]:
+        """By masks the newest residuals, each [streams, numbers]."""
+        if not self.branches:
+            return {"mask": [_some(leaf[:1]) for leaf in jax.tree.leaves(kept)]}
+        names = ("attention", "mlp")
+        return {
+            name: [_some(leaf[:, 0]) for leaf in jax.tree.leaves(branch)]
+            for name, branch in zip(names, kept, strict=True)
+        }
+
+    def products(self) -> dict[str, list[np.ndarray]]:
+        """Inner products of the residuals of all steps, for each evaluation."""
+        jax.effects_barrier()
+        every = len(self.sampler.evaluations)
+        return {
+            name: [
+                _products([seen[name] for seen in self._seen[place::every]])
+                for place in range(every)
+            ]
+            for name in self._seen[0]
+        }
+
+
+def _some(residuals: Array) -> Array:
+    """All numbers of each residual, or `NUMBERS` of them, the same in every step."""
+    flat = residuals.reshape(len(residuals), -1)
+    if flat.shape[1] <= NUMBERS:
+        return flat
+    places = np.random.default_rng(0).choice(flat.shape[1], NUMBERS, replace=False)
+    return flat[:, np.sort(places)]
+
+
+def _products(steps: list[list[Any]]) -> np.ndarray:
+    """[streams, steps, steps] of the residuals that each step showed."""
+    products = []
+    for leaves in zip(*steps, strict=True):
+        # In float64: a small error is the difference of large products.
+        values = np.stack(leaves, axis=1).astype(np.float64)
+        bad = ~np.isfinite(values).all(axis=(0, 2))
+        if bad.any():
+            raise ValueError(
+                f"the residuals of step {np.flatnonzero(bad)[0]} hold NaN or infinite "
+                "numbers, so no error can be measured; look for them in the weights "
+                "and the noise."
+            )
+        products.append(values @ values.transpose(0, 2, 1))
+    return np.concatenate(products)
+
+
+def _cost(name: str, count: int, steps: int) -> float:
+    """The share of the network's work of a mask that computes so many steps."""
+    shares = {"mask": 1.0, "attention": ATTENTION_SHARE, "mlp": 1.0 - ATTENTION_SHARE}
+    return shares[name] * count / steps
+
+
+def _check_choice(budget: float | None, fraction: float | None) -> None:
+    """Require a budget of error or a share of the work, in range."""
+    if (budget is None) == (fraction is None):
+        raise ValueError(
+            "give either `budget`, the mean relative error that is allowed (0.02, "
+            "say), or `fraction`, the share of the work that may be left (0.5, say)."
+        )
+    if budget is not None:
+        _checks.check_non_negative("budget", budget)
+    if fraction is not None:
+        _checks.check_number("fraction", fraction, low=0.0, high=1.0, low_open=True)

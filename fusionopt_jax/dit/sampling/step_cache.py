@@ -196,7 +196,7 @@ class StepCache:
         """
         if self.mask is not None:
             return float(np.mean(self.mask))
-        shares = {"attention": ATTENTION_SHARE, "mlp": 1.0 - _ATTENTION_SHARE}
+        shares = {"attention": ATTENTION_SHARE, "mlp": 1.0 - ATTENTION_SHARE}
         masks = self._masks()
         return float(
             sum(

@@ -44,9 +44,8 @@ RUNS = {
 
 @functools.cache
 def model():
-    """The recorded weights; their times are embedded in [0, 1]."""
-    weights = part(recording("sit"), "w/")
-    return dit.from_pytorch(weights, num_heads=4, time_scale=0.001)
+    """The recorded weights."""
+    return dit.from_pytorch(part(recording("sit"), "w/"), num_heads=4, kind="sit")
 
 
 @functools.cache

@@ -18,7 +18,7 @@ FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 PROGRAMS = {"python", "{testsetup}", "{testcode}"}
 # What is no program of Python: commands, output (Sphinx's doctest builder compares that
 # of a page), and Sphinx's own directives.
-OTHER = {"sh", "text", "{testoutput}", "{eval-rst}", "{image}", "{toctree}"}
+OTHER = {"sh", "text", "bibtex", "{testoutput}", "{eval-rst}", "{image}", "{toctree}"}
 
 
 def blocks(page):

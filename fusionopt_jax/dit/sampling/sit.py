@@ -8,7 +8,7 @@ In SiT's direction of time, :math:`x_t = t\,x_0 + (1-t)\,\epsilon` with the imag
     \mathrm dx &= \bigl(v + w(t)\,s\bigr)\,\mathrm dt + \sqrt{2\,w(t)}\,\mathrm dW
 
 Every :math:`w \ge 0` has the marginals of the flow, that of the walk without noise. On
-the grid :math:`t_0 = 0, \dots, t_{N-1} = 1-h`, with :math:`b = v + w\,s` and
+the grid :math:`t_0 = 0, \ldots, t_{N-1} = 1-h`, with :math:`b = v + w\,s` and
 :math:`h_i = t_{i+1}-t_i`:
 
 .. math::

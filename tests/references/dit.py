@@ -6,6 +6,8 @@ the library's names and layout: kernels `(in, out)`, those of the blocks
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -110,9 +112,24 @@ def _attention(params: Tree, x: np.ndarray, heads: int) -> np.ndarray:
     return _linear(params["proj"], mixed)
 
 
-def _forward_one(
-    params: Tree, image: np.ndarray, time: float, label: int, sizes: Sizes
+def _compute(name: tuple[Any, ...], branch: Callable[[], np.ndarray]) -> np.ndarray:
+    """Every residual as it is."""
+    return branch()
+
+
+def forward_one(
+    params: Tree,
+    image: np.ndarray,
+    time: float,
+    label: int,
+    sizes: Sizes,
+    recall: Callable[[tuple[Any, ...], Callable[[], np.ndarray]], Any] = _compute,
 ) -> np.ndarray:
+    """The output for one image.
+
+    `recall(name, compute)` gives each residual: `("network",)` of all blocks, and
+    `("attention", index)` and `("mlp", index)` of their branches before the gate.
+    """
     patch = sizes.patch
     grid = image.shape[0] // patch
     block_mods, final_mods = modulators(params, time, label, sizes)
@@ -125,14 +142,27 @@ def _forward_one(
     )
     x = _linear(params["x_embedder"]["proj"], tokens)
     x = x + positions(grid, x.shape[1])
-    for index in range(sizes.depth):
-        layer = _layer(params["blocks"], index)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = block_mods[index]
-        branch = _norm(x) * (1 + scale_a) + shift_a
-        x = x + gate_a * _attention(layer["attn"], branch, sizes.heads)
-        branch = _norm(x, sizes.norm_eps) * (1 + scale_m) + shift_m
-        hidden = _gelu(_linear(layer["mlp"]["fc1"], branch))
-        x = x + gate_m * _linear(layer["mlp"]["fc2"], hidden)
+
+    def attention(x: np.ndarray, layer: Tree, mods: np.ndarray) -> np.ndarray:
+        branch = _norm(x) * (1 + mods[1]) + mods[0]
+        return _attention(layer["attn"], branch, sizes.heads)
+
+    def mlp(x: np.ndarray, layer: Tree, mods: np.ndarray) -> np.ndarray:
+        branch = _norm(x, sizes.norm_eps) * (1 + mods[4]) + mods[3]
+        return _linear(layer["mlp"]["fc2"], _gelu(_linear(layer["mlp"]["fc1"], branch)))
+
+    def added(x: np.ndarray) -> np.ndarray:
+        start = x
+        for index in range(sizes.depth):
+            inputs = (_layer(params["blocks"], index), block_mods[index])
+            gates = block_mods[index][2], block_mods[index][5]
+            x = x + gates[0] * recall(
+                ("attention", index), partial(attention, x, *inputs)
+            )
+            x = x + gates[1] * recall(("mlp", index), partial(mlp, x, *inputs))
+        return x - start
+
+    x = x + recall(("network",), partial(added, x))
     x = _norm(x) * (1 + final_mods[1]) + final_mods[0]
     patches = _linear(params["final_layer"]["linear"], x)
     out = np.zeros((grid * patch, grid * patch, patches.shape[1] // patch**2))
@@ -154,7 +184,7 @@ def forward(
     """The output for a batch, `[batch, height, width, channels out]`."""
     return np.stack(
         [
-            _forward_one(params, np.float64(image), float(time), int(label), sizes)
+            forward_one(params, np.float64(image), float(time), int(label), sizes)
             for image, time, label in zip(images, times, labels, strict=True)
         ]
     )

@@ -117,7 +117,7 @@ def run_sampler(
     # What an evaluation depends on beside the image, with a leading axis of times.
     evaluations = (jnp.asarray(sampler.host_times()), conditions)
     plans = jax.tree.map(jnp.asarray, step_cache)
-    kept = _kept_before(denoise, image, evaluations, plans)
+    kept = _kept_before(sampler, denoise, image, evaluations, plans)
     here = None
     if sampler.looks_ahead:
         # The evaluation of this step rides along in the carry, and the scan brings that
@@ -212,11 +212,18 @@ class _Slices(NamedTuple):
 
 
 def _kept_before(
-    denoise: Remembering, image: Array, evaluations: Any, plans: Any
+    sampler: Sampler, denoise: Remembering, image: Array, evaluations: Any, plans: Any
 ) -> tuple[Any, ...]:
     """Zeros like what each evaluation of a step keeps; the first step replaces them."""
     if plans is None:
         return ()
+    counts = {len(leaf) for leaf in jax.tree.leaves(plans)}
+    if (len(plans), counts) != (len(sampler.evaluations), {sampler.steps}):
+        raise ValueError(
+            f"`step_cache` holds {len(plans)} plan(s) of {sorted(counts)} steps, but "
+            f"the sampler needs {len(sampler.evaluations)} of {sampler.steps}: make "
+            "them with `step_cache.plan(sampler)` of this sampler."
+        )
 
     def keep(image: Array, evaluation: Any, plan: Plan) -> Any:
         """What the first evaluation keeps."""

@@ -27,10 +27,12 @@ Source:
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+import jax
 import numpy as np
 from jaxtyping import Array
 
@@ -268,21 +270,7 @@ class StepCache:
             [[1.0, 0.0], [1.0, 0.0], [2.0, -1.0], [3.0, -2.0]]
         """
         self.check(sampler)
-        if not self.skips:
-            return None
-        times = np.asarray(sampler.host_times(), np.float64)
-        plans = []
-        for ahead in sampler.evaluations:
-            visited = times[ahead : ahead + sampler.steps]
-            recalls = {
-                "network" if name == "mask" else name: Recall(
-                    np.asarray(mask), extrapolation(visited, mask, self.order)
-                )
-                for name, mask in self._masks().items()
-                if not np.all(mask)
-            }
-            plans.append(Plan(**recalls))
-        return tuple(plans)
+        return _plans(self, sampler) if self.skips else None
 
     def recalled(self) -> set[tuple[int, int]]:
         """Every pair of a skipped step and a step that it recalls, over all masks.
@@ -456,6 +444,35 @@ def source_steps(mask: np.ndarray, step: int, order: int) -> np.ndarray:
         [3, 1]
     """
     return np.flatnonzero(mask[:step])[::-1][: order + 1]
+
+
+@functools.lru_cache(maxsize=64)
+def _plans(step_cache: StepCache, sampler: Sampler) -> Plans:
+    """What `StepCache.plan` returns, found again by every request."""
+    masks = {
+        "network": step_cache.mask,
+        "attention": step_cache.attention,
+        "mlp": step_cache.mlp,
+    }
+    skipping = {
+        name: np.array(mask)
+        for name, mask in masks.items()
+        if mask is not None and not np.all(mask)
+    }
+    times = np.asarray(sampler.host_times(), np.float64)
+    plans = []
+    for ahead in sampler.evaluations:
+        visited = times[ahead : ahead + sampler.steps]
+        weights = {
+            name: extrapolation(visited, mask, step_cache.order)
+            for name, mask in skipping.items()
+        }
+        plans.append(
+            Plan(**{name: Recall(skipping[name], weights[name]) for name in weights})
+        )
+    for array in jax.tree.leaves(plans):
+        array.setflags(write=False)
+    return tuple(plans)
 
 
 def _tuples(name: str, value: Any, order: int) -> Any:

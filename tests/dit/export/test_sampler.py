@@ -1,5 +1,7 @@
 """Exported samplers: the same images, in a process that lacks this library."""
 
+import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -11,7 +13,10 @@ import numpy as np
 import pytest
 
 from fusionopt_jax import dit
+from fusionopt_jax.dit.cache.fingerprint import weight_digests
+from fusionopt_jax.dit.export.archive import read_archive
 from tests._compare import assert_within
+from tests.dit._models import random_params
 
 CONFIG = dit.DiTConfig(
     input_size=4, hidden_size=32, depth=2, num_heads=2, num_classes=10
@@ -127,6 +132,51 @@ def test_half_precision_weights_survive_without_guidance(tmp_path):
         loaded(noise, LABELS, 4.0)
     with pytest.raises(ValueError, match=r"\[2, 4, 4, 4\]"):
         loaded(noise[:1], [3])
+
+
+def test_a_step_cache_becomes_part_of_the_file(loaded, tmp_path):
+    assert loaded.step_cache is None
+    path, sampler = tmp_path / "skipping.zip", dit.Sampler.euler(4)
+    params = jax.tree.map(lambda leaf: 0.4 * leaf, random_params(CONFIG))
+    cache = dit.build_cache(params, CONFIG, sampler.eval_times(), LABELS)
+    step_cache = dit.StepCache(
+        attention=[True, True, False, True],
+        mlp=[[True, True], [True, True], [True, False], [False, False]],
+        order=1,
+        fingerprint=weight_digests(params),
+        sampler=sampler,
+    )
+    export = functools.partial(
+        dit.export_sampler,
+        path,
+        config=CONFIG,
+        cache=cache,
+        sampler=sampler,
+        platforms=["cpu"],
+    )
+    export(dit.strip_modulators(params), step_cache=step_cache)
+    skipping = dit.load_sampler(path)
+    # It samples with the masks; what they were chosen for was compared before.
+    assert skipping.step_cache == dataclasses.replace(
+        step_cache, fingerprint=None, sampler=None
+    )
+    noise = jax.random.normal(jax.random.key(2), (2, 4, 4, 4))
+    request = (params, CONFIG, cache, noise, LABELS, sampler, 4.0)
+    expected = dit.sample(*request, step_cache=step_cache)
+    # The same program, compiled apart.
+    assert_within(skipping(noise, LABELS, 4.0), expected, 1e-5)
+    _, program, _ = read_archive(path)
+    assert "stablehlo.case" in program.mlir_module()
+
+    path.unlink()
+    other = jax.tree.map(lambda leaf: leaf, params)
+    kernel = other["blocks"]["mlp"]["fc1"]["kernel"]
+    other["blocks"]["mlp"]["fc1"]["kernel"] = kernel + 1e-3
+    with pytest.raises(dit.StaleCacheError, match="step cache was chosen for other"):
+        export(other, step_cache=step_cache)
+    with pytest.raises(ValueError, match="for 3 steps"):
+        export(params, step_cache=dit.StepCache.every(3, 2))
+    assert not path.exists()
 
 
 def test_requests_that_the_file_cannot_serve_are_errors(loaded, unchecked_types):

@@ -45,8 +45,8 @@ class Record(NamedTuple):
         curve: validation losses, up to the end or to the first that is no number.
         step_sizes: the shared factor at the same steps, where there is one.
         figures: of generated images.
-        seconds: of training, without compilation and validation; of the processor,
-            so that other programs on the machine hardly change it.
+        seconds: of training, without compilation and validation; on a CPU those of the
+            processor.
         total_seconds: of the whole run, by the same clock.
         state_bytes: size of the optimiser's state.
         param_bytes: size of the weights.

@@ -50,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plot_curves(finished, given.docs / "images" / "study_curves.png")
     plot_rates(finished, given.docs / "images" / "study_rates.png")
     plot_factors(finished, given.docs / "images" / "study_step_sizes.png")
+    if any(METHODS[job.method].part == "length" for job in finished):
+        plot_shares(finished, given.docs / "images" / "study_lengths.png")
     return 0
 
 
@@ -57,6 +59,8 @@ def filled(page: str, finished: Mapping[Job, Record]) -> str:
     """The page with every block between marks made anew."""
     rows = summary.collect(finished)
     blocks: dict[str, Callable[[], str]] = {"state": lambda: state(finished, rows)}
+    blocks["sizes"] = lambda: sizes(rows)
+    blocks["common rate"] = lambda: common_rates(finished)
     for part in PARTS:
         blocks[f"losses {part}"] = lambda part=part: losses(part, rows)
         blocks[f"details {part}"] = lambda part=part: details(part, rows)
@@ -75,7 +79,8 @@ def state(finished: Mapping[Job, Record], rows: Rows) -> str:
     """How much there is, and what it ran with."""
     if not finished:
         return "No run has been made."
-    complete = sum(len(row.runs) > 0 for row in rows.values())
+    wanted = {key: row for key, row in rows.items() if key[0] in workloads.NAMES}
+    complete = sum(len(row.runs) > 0 for row in wanted.values())
     ran_with = sorted(
         {
             ", ".join(f"{name} {text}" for name, text in record.versions.items())
@@ -85,7 +90,7 @@ def state(finished: Mapping[Job, Record], rows: Rows) -> str:
     hours = sum(record.total_seconds for record in finished.values()) / 3600
     return (
         f"{len(finished)} runs so far ({hours:.1f} processor hours), which tune and "
-        f"repeat {complete} of {len(rows)} rows (a row is a method on a workload). "
+        f"repeat {complete} of {len(wanted)} rows (a row is a method on a workload). "
         f"They ran with {'; '.join(ran_with)}, one thread a run."
     )
 
@@ -108,8 +113,8 @@ def losses(part: str, rows: Rows) -> str:
 def details(part: str, rows: Rows) -> str:
     """All else that is known of the rows that have been run."""
     columns = (
-        *("", "workload", "share of AdamW's steps", "less SF-NorMuon", "time a step"),
-        *("state", "Fréchet distance", "rate", "decay"),
+        *("", "workload", "share of AdamW's steps", "of its time", "less SF-NorMuon"),
+        *("time a step", "state", "Fréchet distance", "rate", "decay"),
     )
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for method in METHODS.values():
@@ -121,10 +126,12 @@ def details(part: str, rows: Rows) -> str:
             reference = rows[name, "sf_normuon"]
             same = method.name == "sf_normuon"
             cost = summary.cost(row, rows[name, "adamw"])
+            shares = summary.shares(row, rows)
             cells = (
                 method.title,
                 TITLES[name],
-                share_text(summary.shares(row, rows)),
+                share_text(shares),
+                "" if cost is None or not shares else time_text(shares, cost),
                 "" if same else text(summary.difference(row, reference), sign="+"),
                 "" if cost is None else f"{cost:.2f}×",
                 f"{some.state_bytes / some.param_bytes:.2f}",
@@ -134,6 +141,46 @@ def details(part: str, rows: Rows) -> str:
             )
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) if len(lines) > 2 else "None of these rows is run yet."
+
+
+def sizes(rows: Rows) -> str:
+    """The language model at four widths, under three methods."""
+    names = ("adamw", "normuon", "sf_normuon")
+    titles = " | ".join(METHODS[name].title for name in names)
+    lines = [
+        f"| width | {titles} | share of AdamW's steps: NorMuon, SF-NorMuon | command |",
+        "|---|---|---|---|---|---|",
+    ]
+    for workload, width in {"lm": workloads.WIDTH, **workloads.SIZES}.items():
+        found = [rows[workload, name] for name in names]
+        cells = [text(summary.final(row)) for row in found]
+        cells.append(
+            ", ".join(
+                share_text(summary.shares(row, rows)) or NOT_RUN for row in found[1:]
+            )
+        )
+        command = f"`--workload {workload} --only {' '.join(names)}`"
+        lines.append(f"| {width} | {' | '.join(cells)} | {command} |")
+    return "\n".join(lines)
+
+
+def common_rates(finished: Mapping[Job, Record]) -> str:
+    """What one learning rate for every workload costs on each."""
+    names = workloads.NAMES
+    lines = [
+        f"| | one rate | {' | '.join(TITLES[name] for name in names)} |",
+        f"|---|---|{'---|' * len(names)}",
+    ]
+    for method in METHODS.values():
+        found = summary.common_rate(finished, method.name)
+        if method.part in ("baselines", "rules") and found:
+            cells = (
+                f"{100 * found.excess[name]:+.1f} %" if name in found.excess else ""
+                for name in names
+            )
+            lines.append(f"| {method.title} | {found.rate:g} | {' | '.join(cells)} |")
+    missing = "No method's rates have been tried on two workloads yet."
+    return "\n".join(lines) if len(lines) > 2 else missing
 
 
 def text(value: Estimate | None, sign: str = "", missing: str = NOT_RUN) -> str:
@@ -160,6 +207,12 @@ def share_text(shares: list[float]) -> str:
     middle = statistics.median(shares)
     first = f"{middle:.2f}" if math.isfinite(middle) else "never"
     return f"{first} ({ends[0]} to {ends[1]})" if len(shares) > 1 else first
+
+
+def time_text(shares: list[float], cost: float) -> str:
+    """The median share of the time, if each step takes so many of AdamW's."""
+    middle = statistics.median(shares) * cost
+    return f"{middle:.2f}" if math.isfinite(middle) else "never"
 
 
 def panels(finished: Mapping[Job, Record]) -> list[str]:
@@ -233,6 +286,35 @@ def plot_factors(finished: Mapping[Job, Record], path: Path) -> None:
                     label="_" * (place > 0) + METHODS[method].title,
                 )
         axes.set(xlabel="step", ylabel="shared factor", yscale="log")
+
+    _plot(panels(finished), draw, path)
+
+
+def plot_shares(finished: Mapping[Job, Record], path: Path) -> None:
+    """The share of AdamW's steps against the length of the run, one line a method."""
+    rows = summary.collect(finished)
+
+    def draw(axes, name: str) -> None:
+        for number, method in enumerate(("normuon", "sf_normuon")):
+            found = {}
+            for length in ("_x0.5", "", "_x3"):
+                row = rows[name, method + length]
+                shares = summary.shares(row, rows)
+                if shares and math.isfinite(max(shares)):
+                    steps = next(iter(row.runs.values())).job.steps
+                    found[steps] = (min(shares), statistics.median(shares), max(shares))
+            if found:
+                low, middle, high = zip(*found.values(), strict=True)
+                axes.fill_between(list(found), low, high, color=f"C{number}", alpha=0.2)
+                axes.plot(
+                    list(found),
+                    middle,
+                    color=f"C{number}",
+                    marker="o",
+                    label=METHODS[method].title,
+                )
+        axes.set(xlabel="steps of the run", ylabel="share of AdamW's steps")
+        axes.set_ylim(0, 1)
 
     _plot(panels(finished), draw, path)
 

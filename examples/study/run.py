@@ -74,7 +74,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--only", nargs="+", choices=list(METHODS), metavar="ROW", help="these rows"
     )
     parser.add_argument("--part", nargs="+", choices=list(PARTS), help="rows of these")
-    parser.add_argument("--workload", nargs="+", choices=workloads.NAMES)
+    parser.add_argument(
+        "--workload",
+        nargs="+",
+        choices=(*workloads.NAMES, *workloads.SIZES),
+        help="on these; on the first four, if none is named",
+    )
     parser.add_argument(
         "--seeds", type=int, nargs="+", help="seeds that count, from 1; the rows' own"
     )

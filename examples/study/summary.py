@@ -45,7 +45,7 @@ class Row(NamedTuple):
 def collect(finished: Mapping[Job, Record]) -> dict[tuple[str, str], Row]:
     """Every row on every workload, run or not."""
     rows = {}
-    for workload in workloads.NAMES:
+    for workload in (*workloads.NAMES, *workloads.SIZES):
         for name, method in METHODS.items():
             own = {
                 job: record
@@ -120,3 +120,45 @@ def cost(row: Row, other: Row) -> float | None:
     if not own or not theirs:
         return None
     return statistics.median(own) / statistics.median(theirs)
+
+
+class Common(NamedTuple):
+    """One learning rate for several workloads.
+
+    Attributes:
+        rate: the one whose largest excess is smallest.
+        excess: per workload, the loss there over that at the best rate, less 1.
+    """
+
+    rate: float
+    excess: Mapping[str, float]
+
+
+def common_rate(finished: Mapping[Job, Record], method: str) -> Common | None:
+    """The rate that loses least everywhere, of those that tuning tried on seed 0.
+
+    Workloads count on which the method's rates have been tried; nothing where these are
+    fewer than two.
+    """
+    first = METHODS[method].decays[0]
+    tried: dict[str, dict[float, float]] = {}
+    for job, record in finished.items():
+        if (job.method, job.seed, job.decay) == (method, 0, first):
+            tried.setdefault(job.workload, {})[job.rate] = record.final
+    tried = {
+        name: losses
+        for name, losses in sorted(tried.items())
+        if len(losses) >= plan.RATES and math.isfinite(min(losses.values()))
+    }
+    if len(tried) < 2:
+        return None
+
+    def excess(rate: float) -> dict[str, float]:
+        return {
+            name: losses.get(rate, math.inf) / min(losses.values()) - 1
+            for name, losses in tried.items()
+        }
+
+    rates = sorted({rate for losses in tried.values() for rate in losses})
+    rate = min(rates, key=lambda rate: max(excess(rate).values()))
+    return Common(rate, excess(rate))

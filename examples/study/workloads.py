@@ -33,7 +33,6 @@ class Workload(NamedTuple):
 
     Attributes:
         name: How the command line calls it.
-        title: How tables call it.
         init: `seed -> params`.
         loss: `(params, train, step, seed) -> loss` of the batch of that step.
         validate: `(params, held_out) -> loss`; the same draws at every call.
@@ -46,7 +45,6 @@ class Workload(NamedTuple):
     """
 
     name: str
-    title: str
     init: Callable[[int], Any]
     loss: Callable[[Any, Any, jax.Array, jax.Array], jax.Array]
     validate: Callable[[Any, Any], jax.Array]
@@ -60,10 +58,15 @@ class Workload(NamedTuple):
 
 NAMES = ("lm", "vit", "glyphs", "digits")
 
+SIZES = {"lm_256": 256, "lm_448": 448, "lm_640": 640}
+"""The language model at other widths: 1.7, 5 and 10 million parameters."""
+
 
 @lru_cache
 def get(name: str) -> Workload:
     """The workload of that name, its data read."""
+    if name in SIZES:
+        return _lm(name, SIZES[name])
     return {"lm": _lm, "vit": _vit, "glyphs": _glyphs, "digits": _digits}[name]()
 
 
@@ -73,7 +76,7 @@ def keys_of(seed: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
     return order, jax.random.fold_in(noise, step)
 
 
-def _lm() -> Workload:
+def _lm(name: str = "lm", width: int = WIDTH) -> Workload:
     """A byte-level language model of Python's own library; some files held out."""
     text = sources.load()
     batch = 8
@@ -91,10 +94,9 @@ def _lm() -> Workload:
     # Windows spread evenly over the files that are held out.
     first = np.linspace(0, len(text.held_out) - CONTEXT - 1, 256).astype(int)[:, None]
     return Workload(
-        name="lm",
-        title="bytes of Python's library",
+        name=name,
         init=lambda seed: transformer.init(
-            jax.random.key(seed), 256, 256, CONTEXT, WIDTH, DEPTH
+            jax.random.key(seed), 256, 256, CONTEXT, width, DEPTH
         ),
         loss=loss,
         validate=cross_entropy,
@@ -123,7 +125,6 @@ def _vit() -> Workload:
 
     return Workload(
         name="vit",
-        title="classes of drawn characters",
         init=lambda seed: transformer.init(
             jax.random.key(seed), PATCH * PATCH, classes, tokens, WIDTH, DEPTH
         ),
@@ -139,15 +140,15 @@ def _vit() -> Workload:
 
 def _glyphs() -> Workload:
     """A DiT of drawn characters; a font family held out."""
-    return _flow("glyphs", "DiT of drawn characters", glyphs.load(), PATCH)
+    return _flow("glyphs", glyphs.load(), PATCH)
 
 
 def _digits() -> Workload:
     """A DiT of handwritten digits; 400 images held out."""
-    return _flow("digits", "DiT of digits", images_data.load("digits"), 2)
+    return _flow("digits", images_data.load("digits"), 2)
 
 
-def _flow(name: str, title: str, data: images_data.Dataset, patch: int) -> Workload:
+def _flow(name: str, data: images_data.Dataset, patch: int) -> Workload:
     """A small DiT that learns a rectified flow."""
     batch = 32
     config = dit.DiTConfig(
@@ -192,7 +193,6 @@ def _flow(name: str, title: str, data: images_data.Dataset, patch: int) -> Workl
     twice = (data.held_out_images, data.held_out_labels)
     return Workload(
         name=name,
-        title=title,
         init=lambda seed: dit.init_params(config, seed),
         loss=loss,
         validate=validate,

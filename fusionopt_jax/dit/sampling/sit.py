@@ -77,8 +77,9 @@ class SiTSDE(Sampler):
 
     Attributes:
         steps: Number of steps (`num_steps`, which is one more where `last_step` is
-            None): noisy ones, evenly from 0 to `1 - last_step_size`, and the last. At
-            least 2, or 1 without a last step.
+            None): noisy ones, evenly from 0 to `1 - last_step_size`, and the last,
+            whose slice of a `step_noise` is not used. At least 2, or 1 without a last
+            step.
         diffusion: :math:`w` (`diffusion_form`): "sigma" and "linear" are both
             :math:`c\,(1-t)`, "constant" is :math:`c`, "decreasing" is
             :math:`\frac14 (c\,\cos \pi t + 1)^2`, with c in `norm`. SiT's "SBDM",

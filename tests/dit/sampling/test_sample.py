@@ -30,7 +30,7 @@ KEY = jax.random.key(5)
 SAMPLERS = {
     "euler": dit.Sampler.euler(4, shift=2.0),
     "heun": dit.Sampler.heun(3),
-    "sit_sde": dit.Sampler.sit_sde(3, solver="heun", convention="noise_at_one"),
+    "sit_sde": dit.Sampler.sit_sde(4, convention="noise_at_one"),
     "ddpm": dit.Sampler.ddpm("50"),
     "ddpm_fixed_small": dit.Sampler.ddpm("50", variance="fixed_small"),
     "ddpm_fixed_large": dit.Sampler.ddpm("50", variance="fixed_large", clip=True),

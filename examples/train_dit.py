@@ -3,6 +3,7 @@
     python examples/train_dit.py                        # digits, about five minutes
     python examples/train_dit.py --optimizer adamw      # to compare optimizers
     python examples/train_dit.py --data my_images       # one subfolder per class
+    python examples/train_dit.py --data my_images --latents vae      # in its latents
     python examples/train_dit.py --resume               # continue after Ctrl-C
 
 The parts are in `dit_training/`, one subject per file; this file puts them together.
@@ -21,7 +22,15 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from dit_training import folders, optimizers, options, report, sampling, training
+from dit_training import (
+    autoencoder,
+    folders,
+    optimizers,
+    options,
+    report,
+    sampling,
+    training,
+)
 from dit_training.checkpoints import Checkpoints
 from dit_training.data import Dataset, load
 from dit_training.errors import RunError
@@ -56,15 +65,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(settings: options.Settings, folder: Path, *, resume: bool) -> None:
     """Train, sample, measure; everything worth keeping lands in `folder`."""
-    data = load(settings.data)
-    model = options.model_config(settings, data)
+    coder = None
+    if settings.latents is not None:
+        coder = autoencoder.load(settings.latents)
+    data = load(settings.data, keep_bytes=coder is not None)
+    model = options.model_config(settings, data, coder)
     with folders.claimed(folder):
         if not resume and folders.has_checkpoint(folder):
             raise RunError(
                 f"--out {folder}: it already holds a run; continue it with --resume, "
                 "or give another folder"
             )
-        config = options.full_config(settings, data, model)
+        config = options.full_config(settings, data, model, coder)
         with contextlib.closing(
             Checkpoints(folder / "checkpoints", config)
         ) as checkpoints:
@@ -78,9 +90,11 @@ def run(settings: options.Settings, folder: Path, *, resume: bool) -> None:
                 f"weights; {settings.optimizer}, learning rate "
                 f"{settings.learning_rate:g}"
             )
+            if coder is not None:
+                data = coder.encoded(data, folder / "latents.npz")
             metrics = report.MetricsFile(folder / "metrics.csv", int(state.step))
             state = train(state, settings, model, data, metrics, checkpoints, folder)
-        measure(state, settings, model, data, folder)
+        measure(state, settings, model, data, folder, coder)
 
 
 def first_state(
@@ -176,6 +190,7 @@ def measure(
     model: dit.DiTConfig,
     data: Dataset,
     folder: Path,
+    coder: autoencoder.Autoencoder | None,
 ) -> None:
     """Sample the deployed weights and judge them; the figures land in summary.json."""
     rows = report.read_metrics(folder / "metrics.csv")
@@ -188,7 +203,14 @@ def measure(
         "optimizer": settings.optimizer,
         "steps": int(state.step),
         "validation_loss": validation[-1],
-        **sampling.measure(params, model, data, settings, folder / "samples.png"),
+        **sampling.measure(
+            params,
+            model,
+            data,
+            settings,
+            folder / "samples.png",
+            decode=None if coder is None else coder.decode,
+        ),
         "training_seconds": rows[-1].seconds,
     }
     write_json(folder / "summary.json", summary)

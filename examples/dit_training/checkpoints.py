@@ -17,8 +17,11 @@ from fusionopt_jax import checkpoints, dit
 
 KEPT = 2
 
-MAY_CHANGE = ("eval_every", "data.source", "sampling.", "versions.")
-"""Settings that don't touch the trajectory of the weights."""
+MAY_CHANGE = ("eval_every", "data.source", "latents", "sampling.", "versions.")
+"""Settings that don't touch the trajectory of the weights.
+
+An autoencoder is known by its digest, wherever its folder is.
+"""
 
 
 class Checkpoints:

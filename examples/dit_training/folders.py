@@ -3,8 +3,9 @@
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from dit_training.errors import RunError
 
@@ -12,12 +13,18 @@ RUNS = Path("runs")
 """Where a run goes that names no folder."""
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file beside the old one and rename it, so that one of them is whole."""
+def write_whole(path: Path, content: str | Callable[[BinaryIO], object]) -> None:
+    """Write a file beside the old one and rename it, so that one of them is whole.
+
+    `content` is its text, or what writes bytes into it.
+    """
     beside = path.with_name(f".{path.name}.new")
     try:
-        with beside.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
+        with beside.open("wb") as file:
+            if isinstance(content, str):
+                file.write(content.encode())
+            else:
+                content(file)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import fusionopt_jax as fo
 from dit_training import checkpoints, folders, optimizers
+from dit_training.autoencoder import Autoencoder
 from dit_training.data import Dataset
 from dit_training.errors import RunError
 from fusionopt_jax import dit
@@ -26,6 +27,7 @@ class Settings:
     seed: int = 0
     eval_every: int = 125
     data: str = "digits"
+    latents: str | None = None
     batch_size: int = 64
     hidden_size: int = 128
     depth: int = 4
@@ -74,6 +76,13 @@ def command_line() -> argparse.ArgumentParser:
         help="'digits' (scikit-learn's 8x8 handwritten digits, no download), a folder "
         "with one subfolder of images per class, or an .npz file with `images` "
         "[N, H, W(, C)] and integer `labels` [N] (default: digits)",
+    )
+    run.add_argument(
+        "--latents",
+        metavar="FOLDER",
+        help="train on latents of the images instead of on pixels: the folder of a "
+        "published autoencoder (AutoencoderKL of diffusers), or of a pipeline that has "
+        "one. The images are encoded once, and samples.png is decoded",
     )
     run.add_argument(
         "--seed", type=integer(0), help="of everything random (default: 0)"
@@ -200,17 +209,25 @@ def saved_options(folder: Path) -> dict[str, Any]:
 
 def settings_in(config: dict[str, Any]) -> dict[str, Any]:
     """The options among all that config.json says."""
+    # Runs in pixels did not always say that they have no autoencoder.
+    config = {"latents": None} | config
     return {field.name: config[field.name] for field in dataclasses.fields(Settings)}
 
 
-def model_config(settings: Settings, data: Dataset) -> dit.DiTConfig:
-    """The model's sizes: the options, and what the images dictate."""
+def model_config(
+    settings: Settings, data: Dataset, autoencoder: Autoencoder | None = None
+) -> dit.DiTConfig:
+    """The model's sizes: the options, and what the images or latents dictate."""
     side, channels = data.train_images.shape[2:]
+    kind = f"image side of {side} pixels"
+    if autoencoder is not None:
+        _, side, channels = autoencoder.latent_shape(data.train_images, settings.data)
+        kind = f"latent side of {side}"
     if side % settings.patch_size:
         fitting = [size for size in range(1, side + 1) if side % size == 0]
         raise RunError(
-            f"--patch-size {settings.patch_size}: it does not divide the image side of "
-            f"{side} pixels; give one of {', '.join(map(str, fitting))}"
+            f"--patch-size {settings.patch_size}: it does not divide the {kind}; give "
+            f"one of {', '.join(map(str, fitting))}"
         )
     try:
         return dit.DiTConfig(
@@ -229,12 +246,16 @@ def model_config(settings: Settings, data: Dataset) -> dit.DiTConfig:
 
 
 def full_config(
-    settings: Settings, data: Dataset, model: dit.DiTConfig
+    settings: Settings,
+    data: Dataset,
+    model: dit.DiTConfig,
+    autoencoder: Autoencoder | None,
 ) -> dict[str, Any]:
     """What config.json says: the options, and all that follows from them."""
     packages = ("jax", "optax", "flax", "numpy", "scikit-learn")
     return dataclasses.asdict(settings) | {
         "model": dataclasses.asdict(model),
+        "autoencoder": None if autoencoder is None else autoencoder.about(),
         "dataset": {
             "digest": data.digest,
             "classes": list(data.class_names),

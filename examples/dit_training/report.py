@@ -123,7 +123,7 @@ def plot_samples(
         path: the PNG file to write.
         title: a line above the grid.
     """
-    columns = real.shape[1]
+    columns, tile = real.shape[1], tile_side(real)
     figure = Figure(figsize=(0.75 * columns + 0.6, 0.75 * 2 * len(real) + 0.8))
     for position, tiles, label in (
         (0.50, real, "real"),
@@ -134,19 +134,25 @@ def plot_samples(
         axes.set_ylabel(label, fontsize=12)
         axes.set_yticks([])
         axes.set_xticks(
-            [TILE / 2 + column * (TILE + GAP) for column in range(columns)],
+            [tile / 2 + column * (tile + GAP) for column in range(columns)],
             names if label == "real" else [""] * columns,
         )
         axes.tick_params(length=0, labeltop=True, labelbottom=False)
         axes.spines[:].set_visible(False)
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120 * tile / TILE)
+
+
+def tile_side(tiles: np.ndarray) -> int:
+    """Pixels a side that an image is shown with: its own, but at least `TILE`."""
+    return max(TILE, tiles.shape[2])
 
 
 def montage(tiles: np.ndarray) -> np.ndarray:
     """Upscaled images side by side on white, bytes `[height, width(, 3)]`."""
     rows, columns = tiles.shape[:2]
-    pitch = TILE + GAP
+    tile = tile_side(tiles)
+    pitch = tile + GAP
     colour = tiles.shape[-1] == 3
     canvas = np.full(
         (rows * pitch - GAP, columns * pitch - GAP) + (3,) * colour, 255, np.uint8
@@ -156,7 +162,7 @@ def montage(tiles: np.ndarray) -> np.ndarray:
             pixels = np.clip((tiles[row, column] + 1) * 127.5, 0, 255).astype(np.uint8)
             picture = Image.fromarray(pixels if colour else pixels[..., 0])
             top, left = row * pitch, column * pitch
-            canvas[top : top + TILE, left : left + TILE] = np.asarray(
-                picture.resize((TILE, TILE), Image.Resampling.BICUBIC)
+            canvas[top : top + tile, left : left + tile] = np.asarray(
+                picture.resize((tile, tile), Image.Resampling.BICUBIC)
             )
     return canvas

@@ -31,7 +31,13 @@ CHUNK = 250
 
 
 def measure(
-    params: Any, config: dit.DiTConfig, data: Dataset, settings: Settings, grid: Path
+    params: Any,
+    config: dit.DiTConfig,
+    data: Dataset,
+    settings: Settings,
+    grid: Path,
+    *,
+    decode: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> dict[str, Any]:
     """Draw the grid and the images to judge; the figures of summary.json.
 
@@ -41,6 +47,7 @@ def measure(
         data: Real images, to show beside the generated ones and to compare with.
         settings: Sampling steps, guidance, number of images, seed.
         grid: The PNG file to write.
+        decode: From latents to images to show; None shows the data as they are.
 
     Returns:
         The keys of summary.json from `label_accuracy` on.
@@ -49,9 +56,16 @@ def measure(
     figures, images = compare_cache(params, config, sampler, settings)
 
     columns = min(config.num_classes, report.COLUMNS)
+    real, generated = (
+        shown.reshape(report.ROWS, columns, *shown.shape[1:])
+        for shown in (
+            part if decode is None else decode(part)
+            for part in (real_rows(data, columns), images)
+        )
+    )
     report.plot_samples(
-        real_rows(data, columns),
-        images.reshape(report.ROWS, columns, *images.shape[1:]),
+        real,
+        generated,
         list(data.class_names[:columns]),
         grid,
         f"{settings.optimizer}, {settings.steps} steps, guidance {settings.guidance:g}",
@@ -153,12 +167,15 @@ def draw_noise(config: dit.DiTConfig, seed: int, purpose: int, count: int) -> ja
 
 
 def real_rows(data: Dataset, columns: int) -> np.ndarray:
-    """The first held-out images of each class, repeated where there are too few."""
+    """The first held-out images of each class, repeated where there are too few.
+
+    They lie row by row, as the generated ones do.
+    """
     picks = [
         np.resize(np.flatnonzero(data.held_out_labels == label), report.ROWS)
         for label in range(columns)
     ]
-    return data.held_out_images[np.stack(picks, axis=1)]
+    return data.held_out_images[np.stack(picks, axis=1).ravel()]
 
 
 def timed(draw: Callable[[], Any]) -> tuple[Any, float]:

@@ -20,6 +20,7 @@ import pytest
 import train_dit
 from benchmarks import compare_optimizers
 from dit_training import (
+    autoencoder,
     checkpoints,
     data,
     folders,
@@ -34,6 +35,9 @@ from PIL import Image
 
 import fusionopt_jax as fo
 from fusionopt_jax import dit
+from fusionopt_jax.dit import latents
+from tests import _compare
+from tests.examples._autoencoders import write_autoencoder, write_pictures
 
 TINY = [
     *("--hidden-size", "32", "--depth", "1", "--num-heads", "4", "--batch-size", "8"),
@@ -73,7 +77,9 @@ def finished(images, tmp_path_factory):
 @pytest.fixture
 def without_sampling(monkeypatch):
     """Leave out what follows the training, for tests of the training."""
-    monkeypatch.setattr(sampling, "measure", lambda *_: {"max_cache_difference": 0.0})
+    monkeypatch.setattr(
+        sampling, "measure", lambda *_, **__: {"max_cache_difference": 0.0}
+    )
     monkeypatch.setattr(train_dit, "summary_text", lambda *_: "")
 
 
@@ -286,7 +292,9 @@ def test_a_disk_too_full_for_a_checkpoint_is_one_line(
     assert "the checkpoint of step 4 cannot be written" in message
     assert "make room, and go on with --resume" in message
     monkeypatch.undo()
-    monkeypatch.setattr(sampling, "measure", lambda *_: {"max_cache_difference": 0.0})
+    monkeypatch.setattr(
+        sampling, "measure", lambda *_, **__: {"max_cache_difference": 0.0}
+    )
     monkeypatch.setattr(train_dit, "summary_text", lambda *_: "")
     assert train_dit.main(["--out", str(tmp_path), "--resume"]) == 0
     assert saved_state(tmp_path)[0] == 4
@@ -384,6 +392,90 @@ def test_help_is_no_error(capsys):
         train_dit.main(["--help"])
     assert stopped.value.code == 0
     assert "--resume" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def coder_folder(tmp_path_factory):
+    return write_autoencoder(tmp_path_factory.mktemp("vae"))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures") / "pictures.npz")
+
+
+@pytest.fixture(scope="module")
+def in_latents(coder_folder, pictures, tmp_path_factory):
+    """A run in latents, and what it showed: real images, then generated ones."""
+    folder, shown = tmp_path_factory.mktemp("in_latents"), []
+    plot = report.plot_samples
+
+    def watch(*arguments):
+        shown.extend(arguments[:2])
+        plot(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "plot_samples", watch)
+        assert run(pictures, folder, "--latents", str(coder_folder)) == 0
+    return folder, shown
+
+
+def test_it_trains_on_latents_and_shows_images(in_latents, coder_folder, pictures):
+    folder, (real, generated) = in_latents
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model"]["input_size"] == 4
+    assert config["model"]["in_channels"] == 1
+    assert config["autoencoder"]["scaling_factor"] == 0.18215
+    assert (folder / "samples.png").exists()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert np.isfinite(summary["frechet_distance"])
+
+    pixels = data.load(str(pictures))
+    model = latents.from_diffusers(coder_folder)
+    count = len(pixels.held_out_images)
+    # In calls of the sizes that the job has, whose programs are compiled.
+    batch = np.resize(pixels.held_out_images, (autoencoder.ENCODED, 8, 8, 3))
+    wanted = latents.encode(*model, batch)
+    with np.load(folder / "latents.npz") as kept:
+        np.testing.assert_array_equal(kept["held_out"], wanted[:count])
+        assert kept["train"].shape == (60 - count, 4, 4, 1)
+    first = latents.decode(*model, wanted[: autoencoder.DECODED])[0]
+    # Its neighbours in the call are others, which nothing may depend on.
+    _compare.assert_within(real[0, pixels.held_out_labels[0]], first, 1e-6)
+    assert real.shape == generated.shape == (4, 3, 8, 8, 3)
+
+
+def test_it_goes_on_without_encoding_again(
+    in_latents, tmp_path, monkeypatch, without_sampling
+):
+    folder = shutil.copytree(in_latents[0], tmp_path / "run")
+    monkeypatch.delattr(autoencoder.Autoencoder, "encode")
+    assert train_dit.main(["--resume", "--out", str(folder), "--steps", "7"]) == 0
+
+
+def test_what_is_kept_is_of_this_data_and_this_autoencoder(in_latents):
+    path = in_latents[0] / "latents.npz"
+    with np.load(path) as file:
+        key = str(file["key"])
+    assert autoencoder.read_latents(path, key) is not None
+    assert autoencoder.read_latents(path, key + "0") is None
+    assert autoencoder.read_latents(path.with_name("none.npz"), key) is None
+    assert autoencoder.read_latents(path.with_name("config.json"), key) is None
+
+
+def test_another_autoencoder_is_refused(in_latents, tmp_path, capsys):
+    other = write_autoencoder(tmp_path, seed=2)
+    before = (in_latents[0] / "latents.npz").read_bytes()
+    arguments = ["--resume", "--out", str(in_latents[0]), "--latents", str(other)]
+    assert train_dit.main(arguments) == 2
+    assert "comes from another config: autoencoder.digest" in error_line(capsys)
+    assert (in_latents[0] / "latents.npz").read_bytes() == before
+
+
+def test_an_autoencoder_that_moved_is_the_same(in_latents, coder_folder, tmp_path):
+    moved = autoencoder.load(str(shutil.copytree(coder_folder, tmp_path / "moved")))
+    config = json.loads((in_latents[0] / "config.json").read_text())
+    assert moved.about() == config["autoencoder"]
 
 
 def test_the_comparison_finds_when_fusion_is_as_good(

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from fusionopt_jax import dit
-from fusionopt_jax.dit.sampling.calibrate import record
+from fusionopt_jax.dit.sampling.calibrate import Residuals, record
 from fusionopt_jax.dit.sampling.skip_planning import best_walks, run_errors
 from tests.dit._models import CONFIG, random_params
+from tests.references import dit as reference
 
 STEPS = 7
 SAMPLER = dit.Sampler.euler(steps=STEPS)
@@ -241,3 +242,66 @@ def test_the_first_steps_of_a_guidance_interval_compute(params):
         guidance_interval=(0.0, 0.6),
     )
     assert chosen.mask == (True, True, False, True, True, False, False)
+
+
+@pytest.mark.parametrize("branches", [False, True])
+def test_the_residuals_of_a_dit_are_those_of_a_float64_walk(
+    params, branches, monkeypatch
+):
+    shape = (2, CONFIG.input_size, CONFIG.input_size, CONFIG.in_channels)
+    noise = jax.random.normal(jax.random.key(1), shape)
+    found = {}
+
+    def keep(residuals, **wanted):
+        found.update(residuals.products)
+        return dit.StepCache.every(STEPS, 1)
+
+    monkeypatch.setattr(Residuals, "choose", keep)
+    dit.calibrate(
+        params,
+        CONFIG,
+        SAMPLER,
+        [3, 7],
+        budget=0.1,
+        branches=branches,
+        noise=noise,
+        cfg_scale=1.0,
+    )
+    expected = reference_products(params, noise, (3, 7), branches)
+    assert set(found) == set(expected)
+    for name, products in expected.items():
+        norms = np.sqrt(np.diagonal(products, axis1=1, axis2=2))
+        error = (found[name][0] - products) / norms[:, :, None] / norms[:, None]
+        # Seven steps in float32 leave about 1e-5 of each residual.
+        assert np.max(np.abs(error)) < 1e-4
+
+
+def reference_products(params, noise, labels, branches):
+    """Inner products of residuals along an Euler walk, by masks, in float64."""
+    sizes = reference.Sizes(CONFIG.patch_size, CONFIG.num_heads, CONFIG.depth)
+    weights = jax.tree.map(np.asarray, params)
+    residuals = {}
+    for image, label in zip(np.float64(noise), labels, strict=True):
+        x = image
+        for time in 1000.0 * (1.0 - np.arange(STEPS) / STEPS):
+
+            def recall(name, compute):
+                value = compute()
+                residuals.setdefault(name, []).append(value)
+                return value
+
+            x = (
+                x
+                - reference.forward_one(weights, x, time, label, sizes, recall) / STEPS
+            )
+    flat = {
+        name: np.array(values).reshape(len(labels), STEPS, -1)
+        for name, values in residuals.items()
+    }
+    products = {name: np.einsum("bin,bjn->ij", v, v) for name, v in flat.items()}
+    if not branches:
+        return {"mask": products["network",][None]}
+    return {
+        kind: np.stack([products[kind, index] for index in range(CONFIG.depth)])
+        for kind in ("attention", "mlp")
+    }

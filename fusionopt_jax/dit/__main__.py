@@ -6,7 +6,9 @@ python -m fusionopt_jax.dit inspect --weights model.pt
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from fusionopt_jax import __version__
 from fusionopt_jax.dit.commands import inspect, sample
@@ -28,17 +30,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         2
     """
     options = _parser().parse_args(arguments)
-    try:
-        run = options.prepare(options)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    try:
-        run()
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
+    with warnings.catch_warnings():
+        warnings.showwarning = _say_warning
+        try:
+            run = options.prepare(options)
+        except (ValueError, TypeError, OSError, ImportError) as error:
+            sys.stderr.write(f"error: {_one_line(error)}\n")
+            return 2
+        try:
+            run()
+        except (ValueError, OSError) as error:
+            sys.stderr.write(f"error: {_one_line(error)}\n")
+            return 1
     return 0
+
+
+def _one_line(error: Exception) -> str:
+    """What an error says; of a list the first entry."""
+    title, *entries = str(error).split("\n")
+    if not entries:
+        return title
+    return f"{title} {entries[0].strip()}" + (" (and more)" if entries[1:] else "")
+
+
+def _say_warning(message: Warning | str, *_: Any) -> None:
+    """Print a warning as a user reads it, without the line of code it comes from."""
+    sys.stderr.write(f"warning: {message}\n")
 
 
 def _parser() -> argparse.ArgumentParser:

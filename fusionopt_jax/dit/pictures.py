@@ -39,7 +39,7 @@ def save_images(
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_images(pathlib.Path(folder) / "a.npy", np.zeros((2, 4, 4, 4)))
-        '2 latents of shape 4x4x4 (decode them with their autoencoder)'
+        '2 latents of shape 4x4x4, no pictures'
     """
     path = pathlib.Path(path)
     check_target(path)
@@ -55,16 +55,13 @@ def save_images(
     said = f"{len(values)} {kind} of shape {shape}"
     if path.suffix == ".npy":
         np.save(path, values)
-        return said + (" (decode them with their autoencoder)" if latent else "")
+        return said + (", no pictures" if latent else "")
     from PIL import Image
 
     grid = picture_grid(values, columns or len(values))
     Image.fromarray(grid.repeat(enlarge, axis=0).repeat(enlarge, axis=1)).save(path)
     if latent:
-        said += (
-            ": the first three channels, stretched; these are no pixels. Write a .npy "
-            "and decode it with the autoencoder to see pictures"
-        )
+        said += ": the first three channels, stretched, which are no pixels"
     return said
 
 

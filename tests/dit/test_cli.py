@@ -1,6 +1,9 @@
 """The command line, through its own entry point and once as a process."""
 
 import os
+import pathlib
+import re
+import shlex
 import subprocess
 import sys
 
@@ -13,6 +16,8 @@ from fusionopt_jax import dit
 from fusionopt_jax.dit import __main__ as command
 from fusionopt_jax.dit import pictures
 from fusionopt_jax.dit.commands import sample as sample_command
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 CONFIG = dit.DiTConfig(
     input_size=4, hidden_size=32, depth=1, num_heads=2, num_classes=10
@@ -187,6 +192,16 @@ def test_runs_as_a_module():
     )
     assert done.returncode == 0, done.stderr
     assert "--cfg" in done.stdout
+
+
+def test_commands_on_pages_are_understood():
+    found = []
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        text = page.read_text().replace("\\\n", " ")
+        found += re.findall(r"^python -m fusionopt_jax\.dit (.*)$", text, re.MULTILINE)
+    assert len(found) >= 5
+    for line in found:
+        command._parser().parse_args(shlex.split(line))
 
 
 def test_without_flax_it_names_the_extra_in_one_line():

@@ -1,6 +1,8 @@
 """The command `inspect`: what a model is made of, and what its cache would take."""
 
 import argparse
+import functools
+import pathlib
 import sys
 from collections.abc import Callable
 
@@ -11,9 +13,11 @@ import numpy as np
 from fusionopt_jax._checks import did_you_mean
 from fusionopt_jax._paths import named_leaves
 from fusionopt_jax._types import Params
+from fusionopt_jax.dit import latents
 from fusionopt_jax.dit.cache.request import distinct_labels
 from fusionopt_jax.dit.cache.size import cache_bytes, modulator_bytes, size_text
-from fusionopt_jax.dit.commands.weights import add_weights, read_weights
+from fusionopt_jax.dit.commands.pipeline import class_name, describe_source, naming
+from fusionopt_jax.dit.commands.weights import add_weights, check_source, read_model
 from fusionopt_jax.dit.config import CONFIGS, DiTConfig
 from fusionopt_jax.dit.network.model import init_params
 from fusionopt_jax.dit.routing import ROUTING
@@ -45,7 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def prepare(options: argparse.Namespace) -> Callable[[], None]:
+def prepare(options: argparse.Namespace) -> Callable[[], object]:
     """Read the model, or look up its sizes.
 
     Args:
@@ -56,12 +60,12 @@ def prepare(options: argparse.Namespace) -> Callable[[], None]:
 
     Raises:
         ValueError: If there is not one model to look into, or it can't be read.
+        ImportError: If a package is missing.
+        OSError: If something is not there, or can't be read.
     """
     if (options.weights is None) == (options.model is None):
         raise ValueError("give either `--weights` or `--model`.")
-    if options.model is None:
-        params, config = read_weights(options)
-    else:
+    if options.weights is None:
         if options.model not in CONFIGS:
             raise ValueError(
                 f"`--model` must be one of {', '.join(CONFIGS)}; got "
@@ -69,13 +73,42 @@ def prepare(options: argparse.Namespace) -> Callable[[], None]:
             )
         config = CONFIGS[options.model]
         params = jax.eval_shape(lambda: init_params(config))
-    text = describe(params, config, options.steps, options.labels)
+        text = describe(params, config, options.steps, options.labels)
+        text += f"\nfor training:\n{ROUTING.table(params)}\n"
+        return functools.partial(sys.stdout.write, text)
+    kind = options.kind or "dit"
+    check_source(options, kind)
+    if class_name(options.weights) == "AutoencoderKL":
+        text = describe_source(options.weights) + describe_decoder(options.weights)
+    else:
+        params, config = read_model(options, kind)
+        text = f"{describe_source(options.weights)}\n{config}\n\n"
+        text += describe(params, config, options.steps, options.labels)
+        inner = options.weights / "vae"
+        if inner.is_dir():
+            text += f"\n{describe_decoder(inner)}"
+        text += f"\nfor training:\n{ROUTING.table(params)}\n"
+    return functools.partial(sys.stdout.write, text)
 
-    def show() -> None:
-        """Print the sizes and the routing."""
-        sys.stdout.write(f"{text}\nfor training:\n{ROUTING.table(params)}\n")
 
-    return show
+def describe_decoder(folder: pathlib.Path) -> str:
+    """Sizes of the autoencoder between latents and pictures.
+
+    Args:
+        folder: Where it lies.
+
+    Returns:
+        A text of several lines.
+
+    Raises:
+        ValueError: If it can't be used.
+        OSError: If it is not there, or can't be read.
+    """
+    with naming(folder):
+        params, config = latents.from_diffusers(folder)
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    parts = " and ".join(name for name in ("encoder", "decoder") if name in params)
+    return f"autoencoder {folder}: {parts}, {count:,} parameters\n{config}\n"
 
 
 def describe(params: Params, config: DiTConfig, steps: int, labels: int) -> str:

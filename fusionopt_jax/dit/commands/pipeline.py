@@ -1,10 +1,14 @@
 """What the folder of a diffusers pipeline says beside its weights."""
 
+import contextlib
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from fusionopt_jax.dit.cache.size import size_text
 from fusionopt_jax.dit.sampling.sampler import Sampler
+from fusionopt_jax.dit.weights.files import FORMATS
 
 INDEX = "model_index.json"
 
@@ -69,6 +73,45 @@ def label_names(source: pathlib.Path) -> LabelNames:
     return LabelNames({int(key): name for key, name in table.items()})
 
 
+def class_name(source: pathlib.Path) -> str | None:
+    """The model that a part's folder is of, as its `config.json` has it.
+
+    Args:
+        source: A file of weights, or a folder.
+
+    Returns:
+        Such as "DiTTransformer2DModel"; None of a file, and of a pipeline's folder.
+    """
+    path = source / "config.json"
+    return read_json(path).get("_class_name") if path.is_file() else None
+
+
+def describe_source(source: pathlib.Path) -> str:
+    """What weights lie in a file or a folder, and what is said beside them.
+
+    Args:
+        source: The file or folder.
+
+    Returns:
+        A text of several lines, one for each file.
+    """
+    if source.is_file():
+        return f"{source}: a file of {size_text(source.stat().st_size)}\n"
+    index = source / INDEX
+    held = read_json(index) if index.is_file() else {}
+    kind = held.get("_class_name") or class_name(source) or "no pipeline"
+    lines = [f"{source}: a folder of diffusers, {kind}"]
+    names = label_names(source).by_label
+    if names:
+        lines.append(f"  {INDEX} names {len(names)} classes")
+    files = sorted(path for path in source.rglob("*") if path.suffix in FORMATS)
+    lines += [
+        f"  {path.relative_to(source)}: {size_text(path.stat().st_size)}"
+        for path in files
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def check_scheduler(folder: pathlib.Path, sampler: Sampler, *, flow: bool) -> None:
     """Refuse a sampler that a pipeline's own scheduler contradicts.
 
@@ -123,3 +166,29 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object; download it again.")
     return content
+
+
+@contextlib.contextmanager
+def naming(source: pathlib.Path) -> Iterator[None]:
+    """Let an error about weights say which they are.
+
+    Args:
+        source: The file or folder that is read meanwhile.
+
+    Raises:
+        ValueError: The one that was raised inside, with the path before it if it had
+            none.
+
+    Example:
+        >>> with naming(pathlib.Path("model.pt")):
+        ...     raise ValueError("the bias is missing.")
+        Traceback (most recent call last):
+        ...
+        ValueError: model.pt: the bias is missing.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if str(source) in str(error):
+            raise
+        raise ValueError(f"{source}: {error}") from error

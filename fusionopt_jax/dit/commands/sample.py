@@ -5,6 +5,7 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +16,21 @@ from fusionopt_jax._types import Params
 from fusionopt_jax.dit.cache.build import build_cache, strip_modulators
 from fusionopt_jax.dit.cache.request import distinct_labels
 from fusionopt_jax.dit.cache.size import cache_bytes, modulator_bytes, size_text
+from fusionopt_jax.dit.commands.decoder import Decoder, add_decoder, read_decoder
 from fusionopt_jax.dit.commands.labels import read_labels
-from fusionopt_jax.dit.commands.pipeline import label_names
+from fusionopt_jax.dit.commands.pipeline import check_scheduler, label_names
 from fusionopt_jax.dit.commands.progress import progress_bar
-from fusionopt_jax.dit.commands.weights import add_weights, read_weights
+from fusionopt_jax.dit.commands.weights import (
+    KINDS,
+    add_weights,
+    check_source,
+    read_model,
+)
 from fusionopt_jax.dit.config import DiTConfig
 from fusionopt_jax.dit.network.model import check_labels
 from fusionopt_jax.dit.pictures import check_target, save_images
 from fusionopt_jax.dit.sampling import METHODS, Sampler
+from fusionopt_jax.dit.sampling.flow import Convention
 from fusionopt_jax.dit.sampling.sample import sample
 
 _METHODS = tuple(method.method for method in METHODS)
@@ -38,6 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """
     parser.set_defaults(prepare=prepare)
     add_weights(parser, required=True)
+    add_decoder(parser)
     add = parser.add_argument_group("pictures").add_argument
     add(
         "--labels",
@@ -65,9 +74,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--sampler",
         type=_method,
         choices=_METHODS,
-        default="ddim",
-        help=f"{', '.join(_METHODS)}, or how one of them begins; euler and heun are "
-        "for flow models (default: ddim)",
+        help=f"{', '.join(_METHODS)}, or how one of them begins (default: ddim, and "
+        "euler for the kinds sit, repa and flow)",
         metavar="METHOD",
     )
     add(
@@ -79,6 +87,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--shift", type=float, help="time shift of euler and heun", metavar="S")
     add("--eta", type=float, help="randomness of ddim, in [0, 1]")
     add("--spacing", help="grid of dpm_solver_pp_2m: time or logsnr")
+    add("--diffusion", help="noise of sit_sde: sigma, linear, constant or decreasing")
+    add("--norm", type=float, help="amount of that noise")
     add(
         "--clip",
         action="store_true",
@@ -118,6 +128,7 @@ class Request:
         config: Its sizes.
         labels: Of every image.
         sampler: The walk.
+        decoder: What makes pictures of latents, if anything.
         columns: Of the grid.
     """
 
@@ -126,12 +137,21 @@ class Request:
     config: DiTConfig
     labels: Int[np.ndarray, " images"]
     sampler: Sampler
+    decoder: Decoder | None
     columns: int
 
     def __call__(self) -> None:
-        """Sample, and write the pictures."""
-        latents = self.sampled()
-        note = save_images(self.options.out, np.asarray(latents), columns=self.columns)
+        """Sample, decode, and write the pictures."""
+        sampled = self.sampled()
+        if self.decoder is None:
+            images, enlarge = np.asarray(sampled), 4
+        else:
+            images, enlarge = self.decoder.decode(sampled), 1
+        note = save_images(
+            self.options.out, images, columns=self.columns, enlarge=enlarge
+        )
+        if self.decoder is None and self.config.in_channels not in (1, 3):
+            note += "; `--decoder` makes pictures of them"
         sys.stdout.write(f"{self.options.out}: {note}\n")
 
     def sampled(self) -> Float[Array, "images height width channels"]:
@@ -163,7 +183,7 @@ class Request:
             )
 
 
-def prepare(options: argparse.Namespace) -> Callable[[], None]:
+def prepare(options: argparse.Namespace) -> Callable[[], object]:
     """Check all that is asked for and read the weights.
 
     What costs nothing to check comes first, so that nobody waits for a file of
@@ -182,7 +202,9 @@ def prepare(options: argparse.Namespace) -> Callable[[], None]:
     """
     if options.count < 1:
         raise ValueError(f"`--count` must be at least 1, got {options.count}.")
-    sampler = _sampler(options)
+    method, kind = _method_and_kind(options)
+    sampler = _sampler(options, method, KINDS[kind].convention)
+    check_source(options, kind)
     check_target(options.out)
     names = label_names(options.weights)
     labels = read_labels(options.labels, names.by_label, names.absence)
@@ -192,7 +214,11 @@ def prepare(options: argparse.Namespace) -> Callable[[], None]:
         raise ValueError(
             f"`--columns` must lie between 1 and the {images} images, got {columns}."
         )
-    params, config = read_weights(options)
+    check_scheduler(options.weights, sampler, flow=_follows_a_flow(method))
+    decoder = read_decoder(options)
+    params, config = read_model(options, kind)
+    if decoder is not None:
+        decoder.check(config)
     check_labels(config, labels)
     if options.cfg != 1.0 and not config.has_null_label:
         raise ValueError(
@@ -200,12 +226,16 @@ def prepare(options: argparse.Namespace) -> Callable[[], None]:
         )
     if sampler.reads_variance and not config.learn_sigma:
         sampler = dataclasses.replace(sampler, variance="fixed_small")
+    if names.by_label:
+        known = (f"{label} ({names.by_label.get(label, '')})" for label in labels)
+        sys.stdout.write(f"labels: {', '.join(known)}\n")
     return Request(
         options,
         params,
         config,
         np.repeat(labels, options.count),
         sampler,
+        decoder,
         columns,
     )
 
@@ -234,24 +264,56 @@ def _method(text: str) -> str:
     return found[0] if len(found) == 1 else text
 
 
-def _sampler(options: argparse.Namespace) -> Sampler:
-    """The sampler that the options ask for."""
-    make = getattr(Sampler, options.sampler)
+def _follows_a_flow(method: type[Sampler]) -> bool:
+    """Whether a method expects a velocity rather than the noise."""
+    return "convention" in {field.name for field in dataclasses.fields(method)}
+
+
+def _method_and_kind(options: argparse.Namespace) -> tuple[type[Sampler], str]:
+    """The method, and the kind of model; what is not given follows from the other."""
+    kind = options.kind or "dit"
+    default = "euler" if KINDS[kind].convention else "ddim"
+    make: type[Sampler] = getattr(Sampler, options.sampler or default)
+    flow = _follows_a_flow(make)
+    if options.kind is None and make is Sampler.sit_sde:
+        raise ValueError(f"{make.method} needs `--kind`: sit, repa or flow.")
+    if options.kind is None and flow:
+        kind = "flow"
+        sys.stdout.write(
+            f"kind: flow, {KINDS[kind].text}; give `--kind` for SiT or REPA\n"
+        )
+    if flow != (KINDS[kind].convention is not None):
+        fitting = [
+            other.method for other in METHODS if _follows_a_flow(other) is not flow
+        ]
+        raise ValueError(
+            f"`--sampler {make.method}` can't sample {KINDS[kind].text}; use one of "
+            f"{', '.join(fitting)}."
+        )
+    return make, kind
+
+
+def _sampler(
+    options: argparse.Namespace, make: type[Sampler], convention: Convention | None
+) -> Sampler:
+    """The sampler with the settings that the options give."""
     known = {field.name for field in dataclasses.fields(make) if field.init}
-    settings = {
+    settings: dict[str, Any] = {
         name: value
-        for name in ("shift", "eta", "spacing", "clip")
+        for name in ("shift", "eta", "spacing", "clip", "diffusion", "norm")
         if (value := getattr(options, name)) is not None
     }
     for name in settings.keys() - known:
-        raise ValueError(
-            f"`--{name}` has no effect on {options.sampler}; leave it out."
-        )
+        raise ValueError(f"`--{name}` has no effect on {make.method}; leave it out.")
+    if convention is not None:
+        settings["convention"] = convention
     if "respacing" in known:
-        return make(respacing=options.steps, **settings)
-    if not options.steps.isdecimal():
+        settings["respacing"] = options.steps
+    elif options.steps.isdecimal():
+        settings["steps"] = int(options.steps)
+    else:
         raise ValueError(
-            f"`--steps` must be a whole number for {options.sampler}, got "
+            f"`--steps` must be a whole number for {make.method}, got "
             f"{options.steps!r}."
         )
-    return make(steps=int(options.steps), **settings)
+    return make(**settings)

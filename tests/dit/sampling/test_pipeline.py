@@ -17,6 +17,7 @@ from fusionopt_jax import dit
 from fusionopt_jax.dit.sampling.sampler import At, Prediction
 from tests._compare import assert_within
 from tests.dit._recordings import nhwc, part, recording
+from tests.dit.latents import _recordings as autoencoders
 
 # Of the largest latent, which grows from 16 to 108. Float32 changes the recorded run by
 # 4e-7 of that where its frequencies are float32 too, as here; ten times that, rounded.
@@ -94,6 +95,17 @@ def test_a_whole_program_ends_where_the_pipeline_does():
     images = dit.sample(params, config, None, noise, labels, sampler, 4.0)
     expected = recorded()[-1]
     assert_within(images, expected, RELATIVE * np.abs(expected).max())
+
+
+def test_from_noise_and_labels_to_the_pictures_of_the_pipeline():
+    params, config = model()
+    noise, labels = start()
+    sampler = dit.Sampler.ddim("leading5")
+    latents = dit.sample(params, config, None, noise, labels, sampler, 4.0)
+    recorded = autoencoders.recording("pipeline_vae")
+    decoder = dit.latents.from_diffusers(recorded.weights, recorded.config)
+    # Ten times the 1.9e-6 by which a float64 run of all of it differs.
+    assert_within(dit.latents.decode(*decoder, latents), recorded.nhwc("image"), 2e-5)
 
 
 @pytest.mark.parametrize(

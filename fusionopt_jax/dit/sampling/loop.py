@@ -277,7 +277,8 @@ def _draws(sampler: Sampler, key: Any, step_noise: Any) -> Any:
     if key is None:
         raise ValueError(
             f"`key` is needed: {sampler.method!r} draws noise at every step; pass "
-            "key=jax.random.key(0), or sample with Sampler.ddim(eta=0)."
+            "key=jax.random.key(0), or take a sampler that draws none: Sampler.ddim() "
+            "for a noise model, Sampler.euler() for a flow."
         )
     return jax.random.split(key, sampler.steps)
 

@@ -124,11 +124,13 @@ def sample(
         cfg_channels: None guides every channel; 3 only the first three, as the
             published code does, whose scale of 1.5 is about 1.375 on all four.
         guidance_interval: Guide only where the model time over 1000 lies in this closed
-            interval of [0, 1] (1 is noise); elsewhere the null label is not evaluated.
+            interval of [0, 1] (1 is noise, or the image for a sampler with the data at
+            one); elsewhere the null label is not evaluated.
         step_cache: Which steps compute the network's blocks; the others extrapolate
             what those added. An approximation, unlike `cache`; see `StepCache`. Another
             one of the same kind and order compiles nothing.
-        key: Randomness of `Sampler.ddpm`, and of `Sampler.ddim` with eta above 0.
+        key: Randomness of `Sampler.ddpm`, of `Sampler.sit_sde`, and of `Sampler.ddim`
+            with eta above 0.
         dtype: Type of the operands of the large products; sums and images are float32.
         unroll: Write the blocks out for a lower latency; compiles longer.
         progress: Called on the host as steps finish, with their number and the total;

@@ -211,6 +211,22 @@ def test_projectors_of_repa_are_left_out_and_said_so(published, tmp_path, capsys
     assert "REPA" in capsys.readouterr().err
 
 
+def test_steps_are_skipped_where_asked(published, tmp_path, capsys):
+    path = tmp_path / "latents.npy"
+    base = ("--weights", published, "--num-heads", 2, "--labels", "7,3", "--out", path)
+    sampled(*base, "--kind", "flow", "--steps", 6, "--step-cache", 2)
+    assert "step cache: 4 of 6 steps compute" in capsys.readouterr().out
+    params, config = dit.from_pytorch(published, num_heads=2)
+    noise = jax.random.normal(jax.random.split(jax.random.key(0))[0], (2, 4, 4, 4))
+    step_cache = dit.StepCache.every(6, 2, order=1)
+    expected = dit.sample(
+        *(params, config, None, noise, [7, 3], dit.Sampler.euler(6), 4.0),
+        step_cache=step_cache,
+    )  # fmt: skip
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(np.load(path) / scale, expected / scale, atol=1e-5)
+
+
 def edited(folder, part, change):
     """Change what `config.json` of a part says."""
     path = folder / part / "config.json"
@@ -312,6 +328,9 @@ def test_a_folder_that_can_not_be_used_is_an_error_of_one_line(
         (("--kind", "dit", "--sampler", "heun"), ("use one of ddpm, ddim",)),
         (("--sampler", "sit_sde"), ("needs `--kind`",)),
         (("--norm", "2"), ("`--norm` has no effect on ddim",)),
+        (("--cfg", "-1"), ("`--cfg` must lie in",)),
+        (("--cfg", "1", "--cfg-channels", "3"), ("--cfg-channels", "leave it out")),
+        (("--steps", "4", "--step-cache", "5"), ("--step-cache", "the 4 steps")),
     ],
     ids=lambda value: " ".join(value),
 )

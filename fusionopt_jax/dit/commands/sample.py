@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from fusionopt_jax._checks import check_number
 from fusionopt_jax._types import Params
 from fusionopt_jax.dit.cache.build import build_cache, strip_modulators
+from fusionopt_jax.dit.cache.dit import TimeConditioningCache
 from fusionopt_jax.dit.cache.request import distinct_labels
 from fusionopt_jax.dit.cache.size import cache_bytes, modulator_bytes, size_text
 from fusionopt_jax.dit.commands.decoder import Decoder, add_decoder, read_decoder
@@ -32,6 +34,7 @@ from fusionopt_jax.dit.pictures import check_target, save_images
 from fusionopt_jax.dit.sampling import METHODS, Sampler
 from fusionopt_jax.dit.sampling.flow import Convention
 from fusionopt_jax.dit.sampling.sample import sample
+from fusionopt_jax.dit.sampling.step_cache import StepCache
 
 _METHODS = tuple(method.method for method in METHODS)
 
@@ -109,6 +112,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         choices=(3,),
         help="guide only the first 3 channels, as the published code does",
     )
+    add(
+        "--step-cache",
+        type=int,
+        help="compute the network in every N-th step only, and extrapolate it in the "
+        "others: an approximation",
+        metavar="N",
+    )
     add("--dtype", choices=tuple(_DTYPES), default="fp32", help="type of the products")
     add(
         "--cache",
@@ -124,10 +134,13 @@ class Request:
 
     Attributes:
         options: The command line.
-        params: Of the model.
+        params: Of the model; without the modulators if there is a cache of them, so
+            that nothing keeps them in memory.
         config: Its sizes.
+        cache: Of the modulators, if there is one.
         labels: Of every image.
         sampler: The walk.
+        step_cache: The steps that compute the network, if not all do.
         decoder: What makes pictures of latents, if anything.
         columns: Of the grid.
     """
@@ -135,8 +148,10 @@ class Request:
     options: argparse.Namespace
     params: Params
     config: DiTConfig
+    cache: TimeConditioningCache | None
     labels: Int[np.ndarray, " images"]
     sampler: Sampler
+    step_cache: StepCache | None
     decoder: Decoder | None
     columns: int
 
@@ -156,26 +171,21 @@ class Request:
 
     def sampled(self) -> Float[Array, "images height width channels"]:
         """What the model makes of noise and labels."""
-        options, params, config = self.options, self.params, self.config
-        cache = None
-        times = self.sampler.eval_times()
-        if _wants_cache(options.cache, config, len(times), self.labels):
-            # The size was judged, or overruled, just before.
-            cache = build_cache(params, config, times, self.labels, force=True)
-            params = strip_modulators(params)
+        options, config = self.options, self.config
         noise_key, step_key = jax.random.split(jax.random.key(options.seed))
         size = config.input_size
         shape = (len(self.labels), size, size, config.in_channels)
         with progress_bar("sampling") as progress:
             return sample(
-                params,
+                self.params,
                 config,
-                cache,
+                self.cache,
                 jax.random.normal(noise_key, shape),
                 self.labels,
                 self.sampler,
                 options.cfg,
                 cfg_channels=options.cfg_channels,
+                step_cache=self.step_cache,
                 key=step_key,
                 dtype=_DTYPES[options.dtype],
                 progress=progress,
@@ -202,8 +212,12 @@ def prepare(options: argparse.Namespace) -> Callable[[], object]:
     """
     if options.count < 1:
         raise ValueError(f"`--count` must be at least 1, got {options.count}.")
+    check_number("--cfg", options.cfg, low=0.0)
+    if options.cfg_channels is not None and options.cfg == 1.0:
+        raise ValueError("`--cfg-channels` has no effect with `--cfg 1`; leave it out.")
     method, kind = _method_and_kind(options)
     sampler = _sampler(options, method, KINDS[kind].convention)
+    step_cache = _step_cache(options.step_cache, sampler.steps)
     check_source(options, kind)
     check_target(options.out)
     names = label_names(options.weights)
@@ -229,12 +243,19 @@ def prepare(options: argparse.Namespace) -> Callable[[], object]:
     if names.by_label:
         known = (f"{label} ({names.by_label.get(label, '')})" for label in labels)
         sys.stdout.write(f"labels: {', '.join(known)}\n")
+    cache, times = None, sampler.eval_times()
+    if _wants_cache(options.cache, config, len(times), labels):
+        # The size was judged, or overruled, just before.
+        cache = build_cache(params, config, times, labels, force=True)
+        params = strip_modulators(params)
     return Request(
         options,
         params,
         config,
+        cache,
         np.repeat(labels, options.count),
         sampler,
+        step_cache,
         decoder,
         columns,
     )
@@ -256,6 +277,23 @@ def _wants_cache(
         reason = f"asked for; {reason}"
     sys.stdout.write(f"{'cache' if wanted else 'no cache'}: {reason}\n")
     return wanted
+
+
+def _step_cache(distance: int | None, steps: int) -> StepCache | None:
+    """The steps that compute, and one line that says how many."""
+    if distance is None:
+        return None
+    if not 2 <= distance <= steps:
+        raise ValueError(
+            f"`--step-cache` must lie between 2 and the {steps} steps, got {distance}."
+        )
+    step_cache = StepCache.every(steps, distance, order=1)
+    computed = round(steps * step_cache.fraction)
+    sys.stdout.write(
+        f"step cache: {computed} of {steps} steps compute the network, which is an "
+        "approximation\n"
+    )
+    return step_cache
 
 
 def _method(text: str) -> str:

@@ -238,7 +238,7 @@ def export_sampler(
         "needs_key": sampler.is_random,
         "model_times": sampler.host_times().tolist(),
         "sampler": {"method": sampler.method, **dataclasses.asdict(sampler)},
-        "step_cache": None if plans is None else _masks(step_cache),
+        "step_cache": _masks(step_cache) if step_cache and plans else None,
         "config": dataclasses.asdict(config),
     }
     write_archive(path, signature, exported, named)

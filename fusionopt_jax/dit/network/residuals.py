@@ -75,12 +75,15 @@ class Recall(NamedTuple):
             """Leave everything as it is."""
             return kept
 
-        kept = jax.lax.cond(self.compute, renew, keep, kept, *operands)
-        if len(kept) == 1:
-            return kept[0], kept
+        after: Array = jax.lax.cond(self.compute, renew, keep, kept, *operands)
+        if len(after) == 1:
+            return after[0], after
         # Not a matrix product, which accelerators may round to fewer bits.
-        weights = self.weights.astype(kept.dtype)
-        return sum(w * r for w, r in zip(weights, kept, strict=True)), kept
+        weights = self.weights.astype(after.dtype)
+        residual = weights[0] * after[0]
+        for weight, earlier in zip(weights[1:], after[1:], strict=True):
+            residual = residual + weight * earlier
+        return residual, after
 
 
 class Plan(NamedTuple):

@@ -139,7 +139,8 @@ def run_sampler(
         image: Array, evaluation: Any, plan: Plan, kept: Any
     ) -> tuple[Prediction, Any]:
         """The network's prediction with variance logits, if any, and what it keeps."""
-        output, kept = denoise.denoise(image, *evaluation, plan, kept)
+        time, condition = evaluation
+        output, kept = denoise.denoise(image, time, condition, plan, kept)
         output = output.astype(dtype)
         _check_channels(sampler, image, output)
         return Prediction(*jnp.split(output, [image.shape[-1]], axis=-1)), kept
@@ -227,7 +228,8 @@ def _kept_before(
 
     def keep(image: Array, evaluation: Any, plan: Plan) -> Any:
         """What the first evaluation keeps."""
-        return denoise.denoise(image, *evaluation, plan, None)[1]
+        time, condition = evaluation
+        return denoise.denoise(image, time, condition, plan, None)[1]
 
     first = jax.tree.map(lambda leaf: leaf[0], (evaluations, plans))
     kept = jax.eval_shape(keep, image, first[0], first[1][0])

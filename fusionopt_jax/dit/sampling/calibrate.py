@@ -36,6 +36,7 @@ from fusionopt_jax.dit.config import DiTConfig
 from fusionopt_jax.dit.network.model import as_dict
 from fusionopt_jax.dit.network.residuals import Plan, Recall
 from fusionopt_jax.dit.sampling.denoiser import cached_tables, denoiser
+from fusionopt_jax.dit.sampling.extrapolation import extrapolation
 from fusionopt_jax.dit.sampling.flow import FLOW_TIME_SCALE
 from fusionopt_jax.dit.sampling.guidance import Guidance, GuidedChannels
 from fusionopt_jax.dit.sampling.loop import run_sampler
@@ -46,7 +47,6 @@ from fusionopt_jax.dit.sampling.step_cache import (
     ATTENTION_SHARE,
     Remembering,
     StepCache,
-    extrapolation,
     remembering,
 )
 

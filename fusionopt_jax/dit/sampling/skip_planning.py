@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fusionopt_jax.dit.sampling.step_cache import extrapolation_weights
+from fusionopt_jax.dit.sampling.extrapolation import extrapolation_weights
 
 
 class Walk(NamedTuple):

@@ -1,34 +1,20 @@
-r"""Steps that recall what the network added in earlier ones instead of computing it.
+"""Steps that recall what the network added in earlier ones instead of computing it.
 
 What the blocks of a network add to their input changes little from one step of a
 sampler to the next. A step cache is a list of the steps that compute it; the others
-extrapolate it from the last steps that did. With the residuals
-:math:`r_k, r_{k-1}, \dots` computed last, at model times :math:`t_k, t_{k-1}, \dots`,
-and Newton's divided differences :math:`r[\cdot]` of them, a skipped step at time
-:math:`t` uses
-
-.. math::
-    r(t) = \sum_{i=0}^{m} r[t_k, \dots, t_{k-i}] \prod_{j<i} (t - t_{k-j})
-         = \sum_{i=0}^{m} w_i\, r_{k-i}, \qquad
-    w_i = \prod_{j \ne i} \frac{t - t_{k-j}}{t_{k-i} - t_{k-j}}
-
-of order :math:`m`: 0 uses the last residual as it is, 1 extends a line, 2 a parabola.
-The weights :math:`w_i` depend on times alone and are computed on the host before the
-walk.
-
-It is an approximation, unlike a cache of modulators, and the two go together.
+extrapolate it from the last steps that did (`extrapolation` has the equation). It is an
+approximation, unlike a cache of modulators, and the two go together.
 
 Source:
     Selvaraju et al. 2024, "FORA: Fast-Forward Caching in Diffusion Transformer
-    Acceleration" (order 0, every n-th step); Liu et al. 2025, "From Reusing to
-    Forecasting: Accelerating Diffusion Models with TaylorSeers" (differences of the
-    computed features; its steps are even); Ma et al. 2025, "MagCache" (one residual for
-    all blocks together, steps chosen beforehand).
+    Acceleration" (reuse, in all but every n-th step); Liu et al. 2025, "From Reusing to
+    Forecasting: Accelerating Diffusion Models with TaylorSeers" (extrapolation); Ma et
+    al. 2025, "MagCache" (one residual for all blocks together, steps chosen
+    beforehand).
 """
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -42,6 +28,7 @@ from fusionopt_jax.dit.cache.fingerprint import WeightDigests, weight_digests
 from fusionopt_jax.dit.cache.table import StaleCacheError
 from fusionopt_jax.dit.network.model import as_dict
 from fusionopt_jax.dit.network.residuals import Plan, Recall
+from fusionopt_jax.dit.sampling.extrapolation import extrapolation, source_steps
 from fusionopt_jax.dit.sampling.sampler import Sampler
 
 Mask: TypeAlias = Sequence[bool] | Sequence[Sequence[bool]] | np.ndarray
@@ -62,9 +49,10 @@ class StepCache:
     [batch, tokens, hidden], or `attention` and `mlp` (or one of them) to skip these
     branches of the blocks apart, which keeps one such residual for each block and
     branch. There are `order + 1` of each in memory, twice as many with guidance, and
-    again twice as many with a sampler that evaluates twice a step. The patch embedding
-    and the final layer, both with the modulation of the present time, run in every
-    step.
+    again twice as many with a sampler that evaluates twice a step. In float32, guided,
+    a DiT-XL/2 of 256 pixels keeps 2.4 MB an image of the network, or 132 MB of all
+    branches, times `order + 1`. The patch embedding and the final layer, both with the
+    modulation of the present time, run in every step.
 
     Where a branch is skipped, what is extrapolated is its output before the gate.
 
@@ -373,77 +361,6 @@ def remembering(denoise: Remembering | Callable[..., Array]) -> Remembering:
         return plan.network(lambda image: denoise(image, time, condition), kept, image)
 
     return Remembering(whole)
-
-
-def extrapolation(times: np.ndarray, mask: Any, order: int) -> np.ndarray:
-    r"""The weights :math:`w_i` of the residuals; the equation heads this module.
-
-    Args:
-        times: [steps], the model time of each step's evaluation.
-        mask: [steps] or [steps, ...] booleans, True where the step computes.
-        order: :math:`m`; the first m + 1 steps must compute.
-
-    Returns:
-        Float64 of the mask's shape and [order + 1], newest residual first; 1, 0, ...
-        where the step computes.
-
-    Raises:
-        ValueError: If steps share a time and the order is above 0.
-
-    Example:
-        >>> extrapolation(np.array([4.0, 3.0, 1.0]), [True, True, False], 1).tolist()
-        [[1.0, 0.0], [1.0, 0.0], [3.0, -2.0]]
-    """
-    if order and len(set(times.tolist())) < len(times):
-        raise ValueError(
-            "the sampler evaluates the network at one time in several steps, where "
-            "nothing can be extrapolated; give the step cache order=0."
-        )
-    mask = np.asarray(mask)
-    weights = np.zeros((*mask.shape, order + 1))
-    weights[..., 0] = 1.0
-    for step, *rest in np.argwhere(~mask).tolist():
-        nodes = times[source_steps(mask[(slice(None), *rest)], step, order)]
-        weights[step, *rest] = extrapolation_weights(nodes, times[step])
-    return weights
-
-
-def extrapolation_weights(nodes: np.ndarray, time: np.ndarray | float) -> np.ndarray:
-    """The weights of residuals at distinct times; the equation heads this module.
-
-    Args:
-        nodes: [..., order + 1], the times of the residuals.
-        time: [...], the time to extrapolate to.
-
-    Returns:
-        Float64 of the shape of `nodes`.
-
-    Example:
-        >>> extrapolation_weights(np.array([3.0, 4.0]), 1.0).tolist()
-        [3.0, -2.0]
-    """
-    weights = np.ones(nodes.shape)
-    for i, j in itertools.permutations(range(nodes.shape[-1]), 2):
-        weights[..., i] *= (time - nodes[..., j]) / (nodes[..., i] - nodes[..., j])
-    return weights
-
-
-def source_steps(mask: np.ndarray, step: int, order: int) -> np.ndarray:
-    """The steps whose residuals a skipped step is extrapolated from, newest first.
-
-    Args:
-        mask: [steps] booleans.
-        step: A step that is skipped.
-        order: Order of the extrapolation.
-
-    Returns:
-        [order + 1] integers.
-
-    Example:
-        >>> source_steps(np.array([True, True, False, True, False]), 4, 1).tolist()
-        [3, 1]
-    """
-    return np.flatnonzero(mask[:step])[::-1][: order + 1]
 
 
 @functools.lru_cache(maxsize=64)

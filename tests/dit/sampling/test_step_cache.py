@@ -13,7 +13,7 @@ import pytest
 
 from fusionopt_jax import dit
 from fusionopt_jax.dit.cache.fingerprint import weight_digests
-from fusionopt_jax.dit.sampling.step_cache import extrapolation
+from fusionopt_jax.dit.sampling.extrapolation import extrapolation
 from tests import _compile
 from tests._compare import assert_within
 from tests.dit._models import random_params

@@ -9,8 +9,8 @@ ones that count: what was chosen on a seed flatters it there.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from study.methods import METHODS, Method
 from study.records import Job, Record
+from study.table import METHODS, Method
 
 RATES = 5
 EXTENSIONS = 4

@@ -19,9 +19,9 @@ from dit_training.folders import write_whole
 from matplotlib.figure import Figure
 
 from study import records, summary, workloads
-from study.methods import METHODS, PARTS
 from study.records import Job, Record
 from study.summary import Estimate, Row
+from study.table import METHODS, PARTS
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parents[1] / "docs"

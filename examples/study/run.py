@@ -31,8 +31,8 @@ from dit_training.folders import claimed
 from tqdm import tqdm
 
 from study import plan, records, training, workloads
-from study.methods import METHODS, PARTS, Method
 from study.records import Job, Record
+from study.table import METHODS, PARTS, Method
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from study import plan, workloads
-from study.methods import METHODS
 from study.records import Job, Record
+from study.table import METHODS
 
 
 class Estimate(NamedTuple):

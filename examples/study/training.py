@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import optax
 
 import fusionopt_jax as fo
-from study import methods, workloads
-from study.methods import METHODS
+from fusionopt_jax.iterates import schedule_free_states
+from study import workloads
 from study.records import Job, Record
+from study.table import METHODS
 
 
 def run(job: Job, progress: Callable[[int], None] = lambda _: None) -> Record:
@@ -100,9 +101,8 @@ def _init_state(workload: str, method: str) -> Callable[[Any], Any]:
 def _build(
     name: str, method: str, rate: Any, decay: Any, steps: int, params: Any
 ) -> Any:
-    return methods.build(
-        METHODS[method], workloads.get(name), rate, decay, steps, params
-    )
+    workload = workloads.get(name)
+    return METHODS[method].optimizer(workload, rate, decay, steps, params)
 
 
 @lru_cache
@@ -131,7 +131,7 @@ def compiled(
         return jax.tree.map(jnp.add, params, updates), state
 
     def deployed(params: Any, state: Any) -> Any:
-        averaged = METHODS[method].averaged
+        averaged = schedule_free_states(state)
         return fo.eval_params(state, params) if averaged else params
 
     return jax.jit(step, donate_argnums=(0, 1)), jax.jit(deployed)

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
@@ -51,6 +50,9 @@ POSITIONS = "pos_embed"
 
 _POSITION_TOLERANCE = 1e-2
 """Far above the rounding of a bfloat16 file, far below what a learned table differs."""
+
+_ALIGNMENT = 64
+"""Bytes. JAX copies an array that starts at anything but a multiple of this."""
 
 _NO_DIT = "these are not the weights of a DiT"
 
@@ -235,8 +237,8 @@ def check_positions(table: np.ndarray, config: DiTConfig) -> None:
 def build_params(weights: Weights, config: DiTConfig) -> dict[str, Any]:
     """Parameters out of published weights, whose entries have been checked.
 
-    Each array is read into its place in a stack, so that beside the parameters there
-    are in memory at most one stack and one array.
+    Each array is read into its place in a stack, so that on a CPU there is one array in
+    memory beside the parameters, and on another device one stack.
 
     Args:
         weights: By published name; the positions are not read.
@@ -257,27 +259,27 @@ def build_params(weights: Weights, config: DiTConfig) -> dict[str, Any]:
     def linear(name: str) -> Params:
         """A linear map in `(in, out)` layout."""
         return {
-            "kernel": jnp.array(weights[f"{name}.weight"].T),
-            "bias": jnp.array(weights[f"{name}.bias"]),
+            "kernel": _own(weights[f"{name}.weight"].T),
+            "bias": _own(weights[f"{name}.bias"]),
         }
 
     def stacked(name: str) -> Array:
         """An array of every block."""
         shape = weights.shapes[f"blocks.0.{name}"][::-1]
-        stack = np.empty((config.depth, *shape), np.float32)
+        stack = _room((config.depth, *shape))
         for index in range(config.depth):
             stack[index] = weights[f"blocks.{index}.{name}"].T
-        return jnp.array(stack)
+        return jax.device_put(stack)
 
     patch = weights[f"{PATCH}.weight"].transpose(2, 3, 1, 0)
     params: dict[str, Any] = {
         "x_embedder": {
             "proj": {
-                "kernel": jnp.array(patch.reshape(-1, config.hidden_size)),
-                "bias": jnp.array(weights[f"{PATCH}.bias"]),
+                "kernel": _own(patch.reshape(-1, config.hidden_size)),
+                "bias": _own(weights[f"{PATCH}.bias"]),
             }
         },
-        "y_embedder": {"embedding_table": jnp.array(weights[TABLE])},
+        "y_embedder": {"embedding_table": _own(weights[TABLE])},
         "blocks": {},
     }
     for name, path in _LINEARS.items():
@@ -326,6 +328,21 @@ def take_apart(params: Params, config: DiTConfig) -> dict[str, np.ndarray]:
             arrays[f"blocks.{index}.{name}.weight"] = leaf["kernel"][index].T
             arrays[f"blocks.{index}.{name}.bias"] = leaf["bias"][index]
     return {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+
+
+def _room(shape: tuple[int, ...]) -> np.ndarray:
+    """Memory for an fp32 array that JAX on a CPU takes over instead of copying it."""
+    size = math.prod(shape) * np.dtype(np.float32).itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(np.float32).reshape(shape)
+
+
+def _own(array: np.ndarray) -> Array:
+    """A copy, since JAX may go on using the memory that it is handed."""
+    room = _room(array.shape)
+    room[...] = array
+    return jax.device_put(room)
 
 
 def _get(tree: Params, path: tuple[str, ...]) -> Params:

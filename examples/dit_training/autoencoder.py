@@ -6,6 +6,7 @@ run's folder keeps the latents, so that a resumed run does not encode again.
 
 import dataclasses
 import hashlib
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,7 +94,10 @@ class Autoencoder(NamedTuple):
             bar.update(count)
         whole = np.concatenate(parts)
         if not np.isfinite(whole).all():
-            raise RunError("--latents: the autoencoder gives NaN or infinite latents")
+            raise RunError(
+                "--latents: the autoencoder gives NaN or infinite latents; check its "
+                "weights"
+            )
         return whole
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
@@ -137,9 +141,13 @@ def read_latents(path: Path, key: str) -> tuple[np.ndarray, np.ndarray] | None:
         with np.load(path, allow_pickle=False) as file:
             if str(file["key"]) == key:
                 return file["train"], file["held_out"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        # Whatever is wrong with it, it is written anew.
+    except FileNotFoundError:
         return None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        print(
+            f"train_dit.py: {path} cannot be read ({error}); encoding the images again",
+            file=sys.stderr,
+        )
     return None
 
 

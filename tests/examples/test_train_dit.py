@@ -453,14 +453,16 @@ def test_it_goes_on_without_encoding_again(
     assert train_dit.main(["--resume", "--out", str(folder), "--steps", "7"]) == 0
 
 
-def test_what_is_kept_is_of_this_data_and_this_autoencoder(in_latents):
+def test_what_is_kept_is_of_this_data_and_this_autoencoder(in_latents, capsys):
     path = in_latents[0] / "latents.npz"
     with np.load(path) as file:
         key = str(file["key"])
     assert autoencoder.read_latents(path, key) is not None
     assert autoencoder.read_latents(path, key + "0") is None
     assert autoencoder.read_latents(path.with_name("none.npz"), key) is None
+    assert capsys.readouterr().err == ""
     assert autoencoder.read_latents(path.with_name("config.json"), key) is None
+    assert "config.json cannot be read" in capsys.readouterr().err
 
 
 def test_another_autoencoder_is_refused(in_latents, tmp_path, capsys):

@@ -57,7 +57,7 @@ def check_images(name: str, images: Array | np.ndarray, channels: int) -> Array:
     images = jnp.asarray(images)
     text = _checks.shape_text(images)
     if images.ndim != 4 or images.shape[3] != channels:
-        remedy = "; the config is that of another autoencoder, or they are."
+        remedy = "; they do not belong to this autoencoder."
         if images.ndim == 3:
             remedy = "; a single one needs a batch axis: image[None]."
         elif images.ndim == 4 and images.shape[1] == channels:

@@ -86,6 +86,7 @@ def from_diffusers(
     Raises:
         FileNotFoundError: If there is no such file or folder, or a part is missing.
         ImportError: If safetensors is needed and missing.
+        TypeError: If `config` is something else.
         ValueError: If the config is of another model, or has settings that are not
             served; if the file is damaged or no weight file; if entries are missing,
             unexpected, misshapen or there twice, with the list of them; if values are
@@ -139,7 +140,14 @@ def _found(
             "`config` is needed: the content of the autoencoder's config.json, or "
             "latents.Config() for the Stable Diffusion autoencoder."
         )
-    return weights, config if isinstance(config, Config) else _read_config(config)
+    if isinstance(config, Config):
+        return weights, config
+    if not isinstance(config, Mapping):
+        raise TypeError(
+            "`config` must be the content of config.json as a dict, or a "
+            f"latents.Config, got {type(config).__name__}."
+        )
+    return weights, _read_config(config)
 
 
 def _read_config(content: Mapping[str, Any]) -> Config:

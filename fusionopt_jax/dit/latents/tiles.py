@@ -161,7 +161,10 @@ def in_tiles(
         decode,
         jax.ShapeDtypeStruct((batch, tile, tile, channels), latents.dtype),
     )
-    image = jnp.zeros(
-        (batch, height * factor, width * factor, out.shape[-1]), out.dtype
+    # Zeros that lie on the devices as the batch does.
+    image = jnp.broadcast_to(
+        jnp.zeros_like(latents[:, :1, :1, :1], dtype=out.dtype),
+        (batch, height * factor, width * factor, out.shape[-1]),
     )
-    return jax.lax.scan(add_tile, image, (corners, row_weights, column_weights))[0]
+    places = jax.tree.map(jnp.asarray, (corners, row_weights, column_weights))
+    return jax.lax.scan(add_tile, image, places)[0]

@@ -177,6 +177,10 @@ class TestConfig:
         with pytest.raises(ValueError, match="`config` is needed"):
             latents.from_diffusers(WEIGHTS)
 
+    def test_something_else(self, unchecked_types):
+        with pytest.raises(TypeError, match="must be the content of config"):
+            latents.from_diffusers(WEIGHTS, "config.json")
+
 
 class TestEntries:
     def refused(self, changes, says, without=()):

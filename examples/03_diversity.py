@@ -1,6 +1,7 @@
 """Train a model to differ from a frozen reference, warm-started from its own run.
 
-    python examples/03_diversity.py
+    python examples/03_diversity.py                       # minutes
+    python examples/03_diversity.py --reference-steps 100 --steps 40 --samples 100
 
 First a small DiT learns scikit-learn's digits with SF-NorMuon: the reference. Then
 copies of it go on under the loss
@@ -29,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -73,7 +75,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     params = dit.init_params(setting.config, seed=0)
     state = sf_normuon.init(params)
     params, state, _ = run(
-        setting, sf_normuon, params, state, None, given.reference_steps
+        "reference", setting, sf_normuon, params, state, None, given.reference_steps
     )
     reference = fo.eval_params(state, params)
 
@@ -95,7 +97,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     rows = [row("reference", setting, judge, reference, reference, True, given.samples)]
     for name, (tx, start, opt_state) in starts.items():
         end, opt_state, finite = run(
-            setting, tx, start, opt_state, reference, given.steps
+            name, setting, tx, start, opt_state, reference, given.steps
         )
         deployed = end if name == "AdamW" else fo.eval_params(opt_state, end)
         rows.append(
@@ -131,7 +133,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def run(setting, tx, params, opt_state, reference, steps):
+def run(name, setting, tx, params, opt_state, reference, steps):
     """Take some steps; returns parameters, state, and whether losses were finite."""
     images = jnp.asarray(setting.data.train_images)
     labels = jnp.asarray(setting.data.train_labels)
@@ -160,9 +162,13 @@ def run(setting, tx, params, opt_state, reference, steps):
 
     losses = []
     purpose = 0 if reference is None else 1
-    for key in jax.random.split(jax.random.key(purpose), steps):
+    keys = jax.random.split(jax.random.key(purpose), steps)
+    # No bar where standard error is a file.
+    for number, key in enumerate(bar := tqdm(keys, desc=name, disable=None)):
         params, opt_state, loss = step(params, opt_state, key)
         losses.append(loss)
+        if number % 10 == 0:
+            bar.set_postfix(loss=f"{loss:.3f}")
     finite = bool(jnp.all(jnp.isfinite(jnp.stack(losses))))
     return params, opt_state, finite
 

@@ -10,7 +10,7 @@ pattern::
         ...
 
 Write one function from weights, times and labels to all modulations of the model, as a
-tree of any shape, and the rest is here. `examples/adaln_block.py` shows all of it, for
+tree of any shape, and the rest is here. `examples/04_cache.py` shows all of it, for
 NNX and for Linen.
 """
 

@@ -10,7 +10,7 @@ import pytest
 
 from fusionopt_jax import dit
 
-EXAMPLE = pathlib.Path(__file__).parents[3] / "examples" / "adaln_block.py"
+EXAMPLE = pathlib.Path(__file__).parents[3] / "examples" / "04_cache.py"
 WEIGHTS = {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones(3)}
 
 
@@ -119,7 +119,7 @@ def test_what_is_no_table_is_an_error(function, times, labels, error, words):
 
 
 def test_the_example_gives_the_same_images_in_nnx_and_linen(capsys):
-    spec = importlib.util.spec_from_file_location("adaln_block", EXAMPLE)
+    spec = importlib.util.spec_from_file_location("cache_example", EXAMPLE)
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
     # Two sums of 64 products in another order.

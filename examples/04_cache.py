@@ -1,6 +1,6 @@
 """Cache the modulation of your own adaLN model, written in NNX and in Linen.
 
-    python examples/adaln_block.py
+    python examples/04_cache.py
 
 The two models below have nothing to do with this library's DiT. All they do for the
 cache is to take `mods` from outside when it is given. Each is sampled with and without

@@ -50,7 +50,7 @@ def save_images(
             "fp32, with less guidance, or check the weights."
         )
     latent = values.shape[-1] not in (1, 3)
-    kind = "latents" if latent else "images"
+    kind = ("latent" if latent else "image") + ("s" if len(values) > 1 else "")
     shape = "x".join(str(size) for size in values.shape[1:])
     said = f"{len(values)} {kind} of shape {shape}"
     if path.suffix == ".npy":

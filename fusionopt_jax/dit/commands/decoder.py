@@ -50,7 +50,7 @@ class Decoder(NamedTuple):
     ) -> Float[np.ndarray, "images height_pixels width_pixels channels_out"]:
         """Pictures, about [-1, 1], made one after the other to bound the memory."""
         pictures = []
-        with progress_bar("decoding", "image") as progress:
+        with progress_bar("decoding", "image", len(sampled)) as progress:
             for index in range(len(sampled)):
                 picture = latents.decode(
                     self.params, self.config, sampled[index : index + 1]

@@ -8,13 +8,14 @@ from typing import Any
 
 @contextlib.contextmanager
 def progress_bar(
-    title: str, unit: str = "step"
+    title: str, unit: str = "step", total: int = 0
 ) -> Iterator[Callable[[int, int], Any] | None]:
     """A bar on standard error, if that is a terminal.
 
     Args:
         title: What is going on, such as "sampling".
         unit: What is counted; "B" for bytes, which are shown in thousands.
+        total: How many there are, if that is known before the first is done.
 
     Yields:
         A callback for the number of things done and the number of all of them, which
@@ -40,13 +41,13 @@ def progress_bar(
         ) from error
     # Drawn at once: what comes first, such as a compilation, takes longest.
     with tqdm(
-        desc=title, unit=unit, unit_scale=unit == "B", file=sys.stderr, total=0
+        desc=title, unit=unit, unit_scale=unit == "B", file=sys.stderr, total=total
     ) as bar:
 
-        def tell(done: int, total: int) -> None:
+        def tell(done: int, whole: int) -> None:
             """Move the bar on; never back."""
-            if bar.total != total:
-                bar.total = total
+            if bar.total != whole:
+                bar.total = whole
                 bar.refresh()
             bar.update(max(done - bar.n, 0))
 

@@ -175,7 +175,7 @@ class Request:
         noise_key, step_key = jax.random.split(jax.random.key(options.seed))
         size = config.input_size
         shape = (len(self.labels), size, size, config.in_channels)
-        with progress_bar("sampling") as progress:
+        with progress_bar("sampling", total=self.sampler.steps) as progress:
             return sample(
                 self.params,
                 config,

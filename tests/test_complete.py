@@ -140,3 +140,15 @@ def test_a_sampler_is_explained(method):
 def test_a_weight_format_is_explained(suffix):
     assert f"`{suffix}`" in (DOCS / "dit.md").read_text()
     assert f"`{suffix}`" in inspect.getdoc(files.read_weights)
+
+
+def test_every_cited_paper_is_in_the_references():
+    references = (DOCS / "references.md").read_text()
+    listed = set(re.findall(r"eprint = \{([0-9.]+)\}", references))
+    sources = [*(ROOT / "fusionopt_jax").rglob("*.py"), *DOCS.rglob("*.md")]
+    cited = {
+        number
+        for path in sources
+        for number in re.findall(r"\b\d{4}\.\d{5}\b", path.read_text())
+    }
+    assert cited <= listed, f"without an entry: {sorted(cited - listed)}"

@@ -90,10 +90,12 @@ def _shorten_types(_app, doctree):
 
 def _mathml(node, as_block):
     """A formula as MathML; what docutils can't read is a warning with its place."""
+    # Of the two names of one sign docutils knows the longer.
+    formula = node.astext().replace(r"\dots", r"\ldots")
     try:
-        return latex2mathml.tex2mathml(node.astext(), as_block=as_block)
+        return latex2mathml.tex2mathml(formula, as_block=as_block)
     except MathError as error:
-        _LOGGER.warning("%s in %s", error, node.astext(), location=node)
+        _LOGGER.warning("%s in %s", error, formula, location=node)
         return ""
 
 

@@ -22,8 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 2 if what is asked for can't be done, which shows before
-        anything is sampled; 1 if it failed while it was done. The reason goes to
-        standard error.
+        anything is sampled; 1 if it failed while it was done; 130 if it was stopped
+        then from the keyboard. The reason goes to standard error.
 
     Example:
         >>> main(["inspect", "--model", "DiT-S/9"])
@@ -42,6 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (ValueError, OSError) as error:
             sys.stderr.write(f"error: {_one_line(error)}\n")
             return 1
+        except KeyboardInterrupt:
+            sys.stderr.write("stopped, and nothing was written\n")
+            # What a shell reports of a program that SIGINT ended.
+            return 130
     return 0
 
 

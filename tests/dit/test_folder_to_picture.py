@@ -318,6 +318,7 @@ def test_a_folder_that_can_not_be_used_is_an_error_of_one_line(
     [
         (("--decoder", "{tmp}/none"), ("none", "there is no")),
         (("--decoder", "{pipeline}/transformer"), ("AutoencoderKL",)),
+        (("--decoder", "{pipeline}/model_index.json"), ("give the folder",)),
         (("--labels", "tensch"), ("tensch", "nearest names are: tench")),
         (("--labels", "11"), ("must lie in [0, 10]",)),
         (("--kind", "sit"), ("diffusers has no sit",)),
@@ -364,6 +365,25 @@ def refused(monkeypatch, capsys, words, *arguments):
     assert error.count("\n") == 1
     for word in words:
         assert word in error
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "words"),
+    [
+        (KeyboardInterrupt, 130, "stopped, and nothing was written"),
+        (OSError("no space left"), 1, "error: no space left"),
+    ],
+)
+def test_what_fails_later_has_another_code(
+    published, tmp_path, monkeypatch, capsys, raised, code, words
+):
+    def sample(*arguments, **options):
+        raise raised
+
+    monkeypatch.setattr(sample_command, "sample", sample)
+    base = ("--weights", published, "--num-heads", 2, "--labels", 3)
+    assert run("sample", *base, "--out", tmp_path / "a.npy") == code
+    assert capsys.readouterr().err == f"{words}\n"
 
 
 def test_a_model_without_null_label_is_not_guided(

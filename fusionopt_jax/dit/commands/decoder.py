@@ -101,6 +101,11 @@ def read_decoder(options: argparse.Namespace) -> Decoder | None:
         folder, why = inner, "of the pipeline"
     if folder is None:
         return None
+    if folder.is_file():
+        raise ValueError(
+            f"the decoder {folder} is a file; give the folder that holds it and its "
+            "config.json."
+        )
     with progress_bar("reading the decoder", "B") as progress, naming(folder):
         params, config = latents.from_diffusers(folder, progress=progress)
         check_params(params, config, "decoder")

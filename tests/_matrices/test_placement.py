@@ -88,8 +88,19 @@ def composition(*more):
 
 
 @kinds
-@pytest.mark.parametrize("specs", [FULLY_SHARDED, REPLICATED], ids=["fsdp", "dp"])
-@pytest.mark.parametrize("more", [(), ("shampoo",)], ids=["sf-normuon", "shampoo"])
+@pytest.mark.parametrize(
+    ("more", "specs"),
+    [
+        pytest.param((), FULLY_SHARDED, id="sf-normuon-fsdp"),
+        pytest.param((), REPLICATED, id="sf-normuon-dp"),
+        pytest.param(("shampoo",), FULLY_SHARDED, id="shampoo-fsdp"),
+        pytest.param(
+            *(("shampoo",), REPLICATED),
+            id="shampoo-dp",
+            marks=pytest.mark.exhaustive,
+        ),
+    ],
+)
 def test_no_device_waits_for_another_inside_a_loop(more, specs, kind):
     params = placed(drawn(SHAPES), mesh_of(kind), specs)
     _, inside = collectives(stepped(composition(*more), params))

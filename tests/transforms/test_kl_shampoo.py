@@ -167,7 +167,12 @@ def test_renewal_at_every_step_needs_no_condition():
 
 
 @pytest.mark.parametrize(
-    "bucketing", ["loop", "batch", pytest.param("leaf", marks=pytest.mark.exhaustive)]
+    "bucketing",
+    [
+        "loop",
+        pytest.param("batch", marks=pytest.mark.exhaustive),
+        pytest.param("leaf", marks=pytest.mark.exhaustive),
+    ],
 )
 @pytest.mark.parametrize(
     "sides", ["both", pytest.param("small", marks=pytest.mark.exhaustive)]

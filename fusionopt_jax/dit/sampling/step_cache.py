@@ -65,7 +65,8 @@ class StepCache:
             alike, or [steps, depth].
         mlp: The same for their MLPs.
         order: Order of the extrapolation: 0, 1 or 2. The first `order + 1` steps must
-            compute.
+            compute. The higher it is, and the farther a skipped step is from those that
+            computed, the more it magnifies what does not lie on its polynomial.
         fingerprint: Digests of the weights that the mask was chosen for; None for any.
         sampler: The sampler that it was chosen for; None for any of as many steps.
 

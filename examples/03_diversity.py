@@ -1,6 +1,6 @@
 """Train a model to differ from a frozen reference, warm-started from its own run.
 
-    python examples/03_diversity.py                       # minutes
+    python examples/03_diversity.py    # about four minutes on two CPU cores
     python examples/03_diversity.py --reference-steps 100 --steps 40 --samples 100
 
 First a small DiT learns scikit-learn's digits with SF-NorMuon: the reference. Then

@@ -20,6 +20,7 @@ release = fusionopt_jax.__version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.doctest",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
@@ -37,6 +38,7 @@ napoleon_use_ivar = True
 napoleon_custom_sections = ["Source"]
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
+autosummary_generate = False
 autodoc_member_order = "bysource"
 # Docstrings are run by the test suite; only the pages' own examples are run here.
 doctest_test_doctest_blocks = ""
@@ -56,6 +58,34 @@ _FIELD = type(collections.namedtuple("_Example", "field").field)
 def _skip_field(_app, _what, _name, obj, skip, _options):
     """Leave out the fields of named tuples, which the Attributes section lists."""
     return True if isinstance(obj, _FIELD) else skip
+
+
+_OVERVIEW = {
+    "Complete optimisers, and around them": "recipes",
+    "Transformations": "transforms",
+    "Which leaves are matrices": "routing",
+    "Reading a state": "iterates diagnostics",
+}
+
+
+def _list_names(_app, docname, source):
+    """What there is by subject, with a line each, before all of it by name."""
+    if docname != "api/optimisers":
+        return
+    blocks = []
+    for title, modules in _OVERVIEW.items():
+        names = [
+            name
+            for name in fusionopt_jax.__all__
+            if fusionopt_jax.__dict__[name].__module__.split(".")[1] in modules.split()
+        ]
+        lines = "\n".join(f"   ~fusionopt_jax.{name}" for name in names)
+        blocks.append(
+            f".. rubric:: {title}\n\n.. autosummary::\n   :nosignatures:\n\n{lines}"
+        )
+    overview = "\n\n".join(blocks)
+    head, rest = source[0].split("\n", 1)
+    source[0] = f"{head}\n\n```{{eval-rst}}\n{overview}\n```\n\n## By name\n{rest}"
 
 
 def _append_states(_app, docname, source):
@@ -115,4 +145,5 @@ def setup(app):
     app.add_html_math_renderer("mathml", (_visit_math, None), (_visit_math_block, None))
     app.connect("autodoc-skip-member", _skip_field)
     app.connect("source-read", _append_states)
+    app.connect("source-read", _list_names)
     app.connect("doctree-read", _shorten_types)

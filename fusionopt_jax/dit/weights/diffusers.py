@@ -150,6 +150,12 @@ def from_diffusers(
     check_class(about)
     check_family(weights, "diffusers")
     sizes = _read_config(about, frequency_shift)
+    if sizes.depth > len(weights):
+        # Before as many names are written out, should the config be damaged.
+        raise ValueError(
+            f"the {CONFIG_NAME} has num_layers {sizes.depth}, but there are only "
+            f"{len(weights)} arrays; it is that of another model."
+        )
     names, copies = _names(sizes)
     shapes = expected_shapes(sizes)
     expected = {

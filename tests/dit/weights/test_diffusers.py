@@ -251,6 +251,7 @@ class TestConfig:
             ({"num_layers": None}, "num_layers is None instead of a whole number"),
             ({"sample_size": "8"}, "sample_size is '8' instead of a whole number"),
             ({"out_channels": 5}, "out_channels is 5 instead of 4, or 8"),
+            ({"num_layers": 10**9}, "has num_layers 1000000000, but .* 44 arrays"),
             ({"num_layers": 3}, "transformer_blocks.2.norm1.linear.weight is missing"),
             ({"num_layers": 1}, "transformer_blocks.1.norm1.linear.weight is unexpect"),
             (

@@ -122,20 +122,31 @@ def candidates(params: Any) -> dict[str, optax.GradientTransformationExtraArgs]:
         "optax.contrib.muon": muon(),
         "optax.contrib.muon, rolled": muon(ns_coeffs="dion"),
     }
-    normuon = rollfast_normuon()
-    if normuon is not None:
-        found["rollfast NorMuon"] = normuon(RATE)
+    if (normuon := rollfast_normuon()) is not None:
+        found["rollfast NorMuon"] = normuon
     return {
         name: optax.with_extra_args_support(optimizer)
         for name, optimizer in found.items()
     }
 
 
-def rollfast_normuon() -> Callable[..., optax.GradientTransformation] | None:
+def rollfast_normuon() -> optax.GradientTransformation | None:
     """NorMuon of the package rollfast, where a version that has it is installed."""
     if importlib.util.find_spec("rollfast") is None:
         return None
-    return getattr(importlib.import_module("rollfast"), "normuon", None)
+    rollfast = importlib.import_module("rollfast")
+    if not hasattr(rollfast, "normuon"):
+        return None
+
+    def dimensions(params: Any) -> Any:
+        """The matrices that the others have too; without it all leaves of two axes."""
+        return jax.tree.map(
+            lambda axes: rollfast.MatrixDimensionNumbers(*axes),
+            muon_dimensions(params),
+            is_leaf=lambda node: isinstance(node, optax.contrib.MuonDimensionNumbers),
+        )
+
+    return rollfast.normuon(RATE, normuon_weight_dimension_numbers=dimensions)
 
 
 def step_of(optimizer: optax.GradientTransformationExtraArgs) -> Callable[..., Any]:

@@ -14,6 +14,14 @@ PAGES = sorted(
     for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))
     if "_build" not in page.parts
 )
+LONG = {
+    "docs/dit.md",
+    "docs/frameworks.md",
+    "docs/methods/normuon.md",
+    "docs/methods/stabilisers.md",
+    "docs/porting.md",
+}
+"""Pages whose programs compile for seconds, which are left to the exhaustive run."""
 FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 PROGRAMS = {"python", "{testsetup}", "{testcode}"}
 # What is no program of Python: commands, output (Sphinx's doctest builder compares that
@@ -30,7 +38,13 @@ def blocks(page):
     ]
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.exhaustive] if page in LONG else [])
+        for page in PAGES
+    ],
+)
 def test_programs_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": page}

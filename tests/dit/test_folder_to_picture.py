@@ -384,8 +384,12 @@ def test_what_fails_later_has_another_code(
 
     monkeypatch.setattr(sample_command, "sample", sample)
     base = ("--weights", published, "--num-heads", 2, "--labels", 3)
-    assert run("sample", *base, "--out", tmp_path / "a.npy") == code
-    assert capsys.readouterr().err == f"{words}\n"
+    out = ("--sampler", "euler", "--out", tmp_path / "a.npy")
+    assert run("sample", *base, *out) == code
+    said = capsys.readouterr()
+    assert said.err == f"{words}\n"
+    # What was not given, and what was taken for it.
+    assert said.out.startswith("kind: flow, a DiT trained with rectified_flow_loss; ")
 
 
 def test_a_model_without_null_label_is_not_guided(

@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -51,8 +51,8 @@ _WITHOUT_EFFECT = ("force_upcast",)
 _PREFIX = "first_stage_model."
 """Before the autoencoder's entries in a checkpoint of a whole latent model."""
 
-_TRAINING = "loss."
-"""Before the entries of the loss that the first publication trained with."""
+_TRAINING = ("loss.", "model_ema.decay", "model_ema.num_updates")
+"""How entries begin that only the training of the first publication used."""
 
 
 def from_diffusers(
@@ -66,9 +66,10 @@ def from_diffusers(
     Three namings are known: that of the diffusers library, the one it had before
     (`query`, `key`, `value`, `proj_attn`), and that of the first publication
     (`decoder.up.3.block.0.…`, with or without `first_stage_model.`). Weights of the
-    decoder alone are enough to decode, and those of the encoder to encode. Entries of
-    the loss that an autoencoder was trained with (`loss.…`) are left out, and so is
-    what lies beside `first_stage_model.…`.
+    decoder alone are enough to decode, and those of the encoder to encode. Of a file of
+    a whole latent diffusion model, only the entries `first_stage_model.…` are read. The
+    loss that an autoencoder was trained with (`loss.…`), and the two numbers of its
+    running average, are left out.
 
     Args:
         source: A file, a dict from names to arrays (NumPy, JAX or PyTorch), or a folder
@@ -134,7 +135,7 @@ def _found(
             )
         weights, content = read_folder(source, "vae")
         return weights, _read_config(content)
-    weights = read_weights(source)
+    weights = read_weights(source, used=_used)
     if config is None:
         raise ValueError(
             "`config` is needed: the content of the autoencoder's config.json, or "
@@ -148,6 +149,17 @@ def _found(
             f"latents.Config, got {type(config).__name__}."
         )
     return weights, _read_config(config)
+
+
+def _used(names: Iterable[str]) -> list[str]:
+    """The entries of the autoencoder itself."""
+    names = list(names)
+    prefixed = [name for name in names if name.startswith(_PREFIX)]
+    return [
+        name
+        for name in prefixed or names
+        if not name.removeprefix(_PREFIX).startswith(_TRAINING)
+    ]
 
 
 def _read_config(content: Mapping[str, Any]) -> Config:
@@ -205,16 +217,10 @@ def _read_config(content: Mapping[str, Any]) -> Config:
 
 def _renamed(weights: Weights, config: Config) -> Weights:
     """Every entry under its name of today, each in its shape, none other."""
-    prefixed = any(name.startswith(_PREFIX) for name in weights)
     origins: dict[str, str] = {}
     problems = []
     for old in weights:
-        if prefixed and not old.startswith(_PREFIX):
-            continue
-        name = old.removeprefix(_PREFIX)
-        if name.startswith(_TRAINING):
-            continue
-        name = canonical_name(name, len(config.block_out_channels))
+        name = canonical_name(old.removeprefix(_PREFIX), len(config.block_out_channels))
         if name in origins:
             problems.append(f"{old} and {origins[name]} are the same entry")
         origins[name] = old

@@ -148,7 +148,9 @@ class Weights(Mapping[str, Any]):
 
 
 def read_weights(
-    source: Mapping[str, Any] | str | os.PathLike[str], entry: str | None = None
+    source: Mapping[str, Any] | str | os.PathLike[str],
+    entry: str | None = None,
+    used: Callable[[Mapping[str, Any]], Iterable[str]] = list,
 ) -> Weights:
     """Find named arrays in a file, or in a dict in memory.
 
@@ -158,6 +160,8 @@ def read_weights(
             safetensors), or `.npz`.
         entry: Which part of a training checkpoint to take. None takes "ema", else
             "model", else "state_dict", else all of it.
+        used: From what is there by name to the names that are wanted; the others are
+            left out, whatever they are.
 
     Returns:
         The arrays, of which each is read when it is asked for.
@@ -166,16 +170,18 @@ def read_weights(
         FileNotFoundError: If there is no such file.
         ImportError: If safetensors is needed and missing.
         ValueError: If the file is damaged, unfinished or no weight file, if its ending
-            is that of another format, if there is no such entry, or if values are not
-            floating-point numbers.
+            is that of another format, if there is no such entry, or if what is wanted
+            are no floating-point numbers.
 
     Example:
         >>> dict(read_weights({"ema": {"bias": np.zeros(2, np.float16)}}))
         {'bias': array([0., 0.], dtype=float32)}
     """
     if isinstance(source, str | os.PathLike):
-        return join([open_file(pathlib.Path(source), entry)])
-    return join([_choose_entry(source, entry, "`state_dict`")])
+        content = open_file(pathlib.Path(source), entry)
+    else:
+        content = _choose_entry(source, entry, "`state_dict`")
+    return join([{name: content[name] for name in used(content)}])
 
 
 def open_file(path: pathlib.Path, entry: str | None = None) -> Mapping[str, Any]:

@@ -5,6 +5,7 @@ import re
 import chex
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from fusionopt_jax.dit import latents
 from fusionopt_jax.dit.latents.entries import entry_shapes
@@ -21,6 +22,19 @@ def as_first_published(weights, table):
         if "attentions" in name and array.ndim == 2
         else array
         for name, array in weights.items()
+    }
+
+
+def whole_model(weights):
+    """A latent diffusion model's state dict, with what isn't floating point in one."""
+    return {
+        "betas": np.zeros(4, np.float32),
+        "model.diffusion_model.out.0.weight": np.zeros(3, np.float32),
+        "model_ema.num_updates": np.zeros((), np.int32),
+        "cond_stage_model.transformer.text_model.embeddings.position_ids": np.zeros(
+            (1, 77), np.int64
+        ),
+        **{f"first_stage_model.{name}": array for name, array in weights.items()},
     }
 
 
@@ -53,10 +67,35 @@ class TestNamings:
         chex.assert_trees_all_equal(again, params)
 
     def test_entries_beside_a_prefix_are_of_other_parts(self, recorded, params):
-        whole = {f"first_stage_model.{n}": v for n, v in recorded.weights.items()}
-        whole["model.diffusion_model.out.0.weight"] = np.zeros(3)
-        again, _ = latents.from_diffusers(whole, recorded.config)
+        again, _ = latents.from_diffusers(
+            whole_model(recorded.weights), recorded.config
+        )
         chex.assert_trees_all_equal(again, params)
+
+    def test_integers_and_numbers_of_the_training_are_left_out(self, recorded, params):
+        trained = recorded.weights | {
+            "loss.discriminator.main.3.num_batches_tracked": np.zeros((), np.int64),
+            "model_ema.decay": np.float32(0.999),
+            "model_ema.num_updates": np.zeros((), np.int32),
+        }
+        again, _ = latents.from_diffusers(trained, recorded.config)
+        chex.assert_trees_all_equal(again, params)
+
+    @pytest.mark.parametrize("prefix", ["", "first_stage_model."])
+    def test_integers_that_would_be_used_are_refused(self, recorded, prefix):
+        whole = whole_model(recorded.weights) if prefix else dict(recorded.weights)
+        name = f"{prefix}decoder.conv_in.bias"
+        whole[name] = whole[name].astype(np.int64)
+        with pytest.raises(
+            ValueError, match=f"{re.escape(name)} is int64 instead of floating point"
+        ) as caught:
+            latents.from_diffusers(whole, recorded.config)
+        assert "position_ids" not in str(caught.value)
+
+    def test_a_running_average_is_not_taken_for_the_weights(self, recorded):
+        averaged = recorded.weights | {"model_ema.decoderconv_inbias": np.zeros(3)}
+        with pytest.raises(ValueError, match="decoderconv_inbias is unexpected"):
+            latents.from_diffusers(averaged, recorded.config)
 
     def test_an_encoder_under_the_first_names(self):
         def first_name(name):
@@ -246,6 +285,21 @@ class TestFiles:
         total = sum(array.nbytes for array in WEIGHTS.values())
         assert told[-1] == (total, total)
         assert len(told) == len(WEIGHTS)
+
+    @pytest.mark.parametrize("form", ["npz", "safetensors"])
+    def test_a_file_of_a_whole_latent_model(self, random_params, tmp_path, form):
+        path, told = tmp_path / f"model.{form}", []
+        whole = whole_model(WEIGHTS)
+        if form == "npz":
+            np.savez(path, **whole)
+        else:
+            save_file(whole, path)
+        again, _ = latents.from_diffusers(
+            path, _folders.VAE, progress=lambda *at: told.append(at)
+        )
+        chex.assert_trees_all_equal(again, random_params)
+        # What is left out isn't read either.
+        assert told[-1][1] == sum(array.nbytes for array in WEIGHTS.values())
 
     def test_a_folder_takes_no_config(self, tmp_path):
         with pytest.raises(ValueError, match="a folder has its own config"):

@@ -48,16 +48,25 @@ def warmup_cosine(setting: Setting) -> Callable[[Any], Any]:
     return lambda count: setting.rate * factor(count)
 
 
-def adamw(setting: Setting) -> optax.GradientTransformationExtraArgs:
-    """AdamW with warm-up and cosine."""
-    labels = setting.routing.labels(setting.params)
-    tx = optax.adamw(
-        warmup_cosine(setting),
-        b2=0.99,
-        weight_decay=setting.decay,
-        mask=jax.tree.map(lambda label: label == "spectral", labels),
-    )
-    return optax.with_extra_args_support(tx)
+def adamw(rest: float = 1.0) -> Build:
+    """AdamW with warm-up and cosine; leaves that are no matrices at `rest` the rate."""
+
+    def build(setting: Setting) -> optax.GradientTransformationExtraArgs:
+        labels = setting.routing.labels(setting.params)
+        tx = optax.adamw(
+            warmup_cosine(setting),
+            b2=0.99,
+            weight_decay=setting.decay,
+            mask=jax.tree.map(lambda label: label == "spectral", labels),
+        )
+        scaled = optax.stateless(
+            lambda updates, _: jax.tree.map(
+                lambda u, label: u if label == "spectral" else rest * u, updates, labels
+            )
+        )
+        return optax.with_extra_args_support(optax.chain(tx, scaled))
+
+    return build
 
 
 def muon(beta: float) -> Build:

@@ -59,6 +59,7 @@ def filled(page: str, finished: Mapping[Job, Record]) -> str:
     """The page with every block between marks made anew."""
     rows = summary.collect(finished)
     blocks: dict[str, Callable[[], str]] = {"state": lambda: state(finished, rows)}
+    blocks["ratio"] = lambda: ratio(finished, rows)
     blocks["sizes"] = lambda: sizes(rows)
     blocks["common rate"] = lambda: common_rates(finished)
     for part in PARTS:
@@ -141,6 +142,38 @@ def details(part: str, rows: Rows) -> str:
             )
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) if len(lines) > 2 else "None of these rows is run yet."
+
+
+def ratio(finished: Mapping[Job, Record], rows: Rows) -> str:
+    """The ratio rule beside no rule: each as tuned, and both at one rate."""
+    columns = (
+        *("workload", "rates, as tuned", "ratio less no rule, as tuned"),
+        *("γ in that run", "both at 0.008, seed 0: no rule, ratio", "γ in that run"),
+    )
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for name in workloads.NAMES:
+        without, rule = rows[name, "sf_normuon"], rows[name, "ratio"]
+        if not (without.tuned and rule.tuned and rule.runs):
+            continue
+        common = [
+            finished[Job(name, method, 8e-3, 0.05, 0, workloads.STEPS)]
+            for method in ("sf_normuon", "ratio")
+        ]
+        cells = (
+            TITLES[name],
+            f"{without.tuned.rate:g}, {rule.tuned.rate:g}",
+            text(summary.difference(rule, without), sign="+"),
+            range_text(next(iter(rule.runs.values())).step_sizes),
+            ", ".join(f"{record.final:.4f}" for record in common),
+            range_text(common[1].step_sizes),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) if len(lines) > 2 else "Neither is tuned yet."
+
+
+def range_text(factors: Sequence[float]) -> str:
+    """The smallest and the largest of some factors."""
+    return f"{min(factors):.1f} to {max(factors):.1f}"
 
 
 def sizes(rows: Rows) -> str:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from study import plan, workloads
 from study.records import Job, Record
-from study.table import METHODS
+from study.table import ADAMW, METHODS
 
 
 class Estimate(NamedTuple):
@@ -97,17 +97,22 @@ def difference(row: Row, other: Row) -> Estimate | None:
 def shares(row: Row, rows: Mapping[tuple[str, str], Row]) -> list[float]:
     """Per seed, the share of AdamW's steps that AdamW's best loss takes.
 
-    AdamW is the row whose runs are as long, at its best, with the same seed. A seed
-    that does not come down to it counts as infinite.
+    AdamW is the run with the same seed and as many steps that comes down lowest, of all
+    AdamW rows at their best. A seed that does not come down to it counts as infinite.
     """
     found = []
     for seed, record in row.runs.items():
-        for name in ("adamw", "adamw_x0.5", "adamw_x3"):
-            target = rows[row.workload, name].runs.get(seed)
-            if target is None or target.job.steps != record.job.steps:
-                continue
-            needed, taken = (run.steps_to(target.best) for run in (record, target))
-            found.append(math.inf if needed is None or not taken else needed / taken)
+        theirs = [
+            run
+            for name in ADAMW
+            for run in [rows[row.workload, name].runs.get(seed)]
+            if run is not None and run.job.steps == record.job.steps
+        ]
+        if not theirs:
+            continue
+        target = min(theirs, key=lambda run: run.best)
+        needed, taken = (run.steps_to(target.best) for run in (record, target))
+        found.append(math.inf if needed is None or not taken else needed / taken)
     return found
 
 

@@ -79,7 +79,7 @@ def _set(component: str, **settings: Any) -> Build:
 
 
 _BASELINES = {
-    "adamw": Method("AdamW, cosine", adamw, centre=4e-3, seeds=5),
+    "adamw": Method("AdamW, cosine", adamw(), centre=4e-3, seeds=5),
     "sf_normuon": Method("SF-NorMuon, no rule", _RECIPE, seeds=5),
     "normuon": Method("NorMuon, cosine", _NORMUON, seeds=5),
     "ratio": Method("SF-NorMuon, ratio", _with(polyak_rule="ratio"), seeds=5),
@@ -97,6 +97,9 @@ _BASELINES = {
         "SF-NorMuon, autoscale (D-Adaptation)",
         _with("autoscale", settings={"autoscale": {"rule": "d_adaptation"}}),
         centre=1.0,
+    ),
+    "adamw_rest": Method(
+        "AdamW, cosine, four times the rate for the rest", adamw(rest=4.0), centre=4e-3
     ),
     "normuon_95": Method(
         "NorMuon, cosine, momentum 0.95",
@@ -219,7 +222,8 @@ _LENGTH = {
     )
     for stretch in (0.5, 3)
     for name, title, build in (
-        ("adamw", "AdamW", adamw),
+        ("adamw", "AdamW", adamw()),
+        ("adamw_rest", "AdamW, four times the rate for the rest", adamw(rest=4.0)),
         ("normuon", "NorMuon", _NORMUON),
         ("sf_normuon", "SF-NorMuon", _RECIPE),
     )
@@ -235,3 +239,6 @@ METHODS: dict[str, Method] = {
     for name, method in rows.items()
 }
 """All rows by name, the most valuable first."""
+
+ADAMW = tuple(name for name in METHODS if name.startswith("adamw"))
+"""AdamW with a cosine, by all its rows: the others are compared with the best."""

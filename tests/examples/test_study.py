@@ -417,6 +417,17 @@ def test_what_never_comes_down_says_so(finished):
     assert report.share_text(shares) == "never (never to never)"
 
 
+def test_the_ratio_beside_no_rule(finished):
+    runs = finish("ratio", 800, lambda job: 1.8 + 0.1 * job.seed + job.decay, finished)
+    for job, done in runs.items():
+        if job.method == "ratio":
+            runs[job] = done._replace(step_sizes=[0.5, 2.0])
+    # All rates end alike, so the first that is tried is the best.
+    shown = "| bytes | 0.008, 0.008 | -0.1000 ± 0.0000 (5) | 0.5 to 2.0 |"
+    seed_0 = "1.9500, 1.8500 | 0.5 to 2.0 |"
+    assert f"{shown} {seed_0}" in report.ratio(runs, summary.collect(runs))
+
+
 def test_one_rate_for_all():
     assert (
         summary.common_rate(finish("adamw", 800, lambda job: job.rate), "adamw") is None

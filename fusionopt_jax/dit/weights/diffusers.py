@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -179,10 +180,9 @@ def to_diffusers(
 
     Args:
         params: Full parameters.
-        config: Their sizes. Its `frequency_shift` must be 1, since diffusers computes
-            nothing else; to hand over a model that was trained with 0 all the same, as
-            every released one is, pass `dataclasses.replace(config, frequency_shift=1)`
-            and know that its images differ there.
+        config: Their sizes. A `frequency_shift` of 0, which every released model was
+            trained with, is written with a warning: diffusers always computes 1, so
+            its images differ there.
         folder: Where to write `config.json` and `diffusion_pytorch_model.safetensors`,
             as `from_pretrained` reads them; it is made if need be. None writes nothing.
 
@@ -195,6 +195,9 @@ def to_diffusers(
         OSError: If the folder can't be written.
         ValueError: If the parameters do not have the sizes of the config, or if
             diffusers would compute something else with them.
+
+    Warns:
+        UserWarning: If `frequency_shift` is 0.
 
     Example:
         >>> from fusionopt_jax.dit import init_params
@@ -209,26 +212,23 @@ def to_diffusers(
 
     Source: as for :func:`from_diffusers`.
     """
-    for name, value in (
-        ("frequency_shift", 1),
-        ("time_scale", 1.0),
-        ("mlp_ratio", 4.0),
-    ):
+    for name, value in (("time_scale", 1.0), ("mlp_ratio", 4.0)):
         if getattr(config, name) != value:
             raise ValueError(
                 f"the DiT of diffusers has {name} {value} in its code, but this model "
                 f"{getattr(config, name)}, so it would give other images there."
-                + (
-                    " To have the weights all the same, hand over "
-                    f"dataclasses.replace(config, {name}={value})."
-                    if name == "frequency_shift"
-                    else ""
-                )
             )
     if not config.has_null_label:
         raise ValueError(
             "the DiT of diffusers always has a null label, which this model lacks "
             "(`class_dropout_prob` is 0)."
+        )
+    if config.frequency_shift == 0:
+        warnings.warn(
+            "diffusers computes frequency_shift 1, which no file can tell it, and this "
+            "model has 0: its images differ there. from_diffusers reads it back as it "
+            "is.",
+            stacklevel=2,
         )
     published = take_apart(params, config)
     names, copies = _names(config)

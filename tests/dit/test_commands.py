@@ -82,8 +82,8 @@ class TestLabelNames:
     @pytest.mark.parametrize(
         ("content", "words"),
         [
-            ("{", "no readable JSON"),
-            ("[]", "must hold a JSON object"),
+            ("{", "is no JSON"),
+            ("[]", "holds a list, no settings"),
             (json.dumps({"id2label": ["tench"]}), "must give each class a name"),
             (json.dumps({"id2label": {"a": "tench"}}), "must give each class a name"),
             (json.dumps({"id2label": {"0": 1}}), "must give each class a name"),

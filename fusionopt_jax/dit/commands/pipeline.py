@@ -1,14 +1,14 @@
 """What the folder of a diffusers pipeline says beside its weights."""
 
 import contextlib
-import json
 import pathlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fusionopt_jax.dit.cache.size import size_text
 from fusionopt_jax.dit.sampling.sampler import Sampler
 from fusionopt_jax.dit.weights.files import FORMATS
+from fusionopt_jax.dit.weights.folder import CONFIG_NAME, read_json
 
 INDEX = "model_index.json"
 
@@ -82,7 +82,7 @@ def class_name(source: pathlib.Path) -> str | None:
     Returns:
         Such as "DiTTransformer2DModel"; None of a file, and of a pipeline's folder.
     """
-    path = source / "config.json"
+    path = source / CONFIG_NAME
     return read_json(path).get("_class_name") if path.is_file() else None
 
 
@@ -143,29 +143,6 @@ def check_scheduler(folder: pathlib.Path, sampler: Sampler, *, flow: bool) -> No
                 f"{path} says {name}={held[name]!r}, and {sampler.method} is for "
                 f"models trained with {name}={value!r}, as the published DiT was."
             )
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object out of a file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        What is in it.
-
-    Raises:
-        ValueError: If it is damaged, or something other than an object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is no readable JSON ({error}); download it again."
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object; download it again.")
-    return content
 
 
 @contextlib.contextmanager

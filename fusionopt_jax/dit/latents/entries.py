@@ -14,7 +14,7 @@ import numpy as np
 from fusionopt_jax._paths import named_leaves
 from fusionopt_jax._types import Params
 from fusionopt_jax.dit.latents.config import Config
-from fusionopt_jax.dit.weights.files import listed
+from fusionopt_jax.dit.weights.published import check_entries
 
 Shape: TypeAlias = tuple[int, ...]
 """The length of each axis."""
@@ -198,17 +198,7 @@ def check_params(params: Params, config: Config, part: str) -> None:
             {root: params[root] for root in roots if root in params}
         )
     }
-    wanted = _param_shapes(config, part)
-    problems = [
-        f"{name} has shape {held[name]} instead of {shape}"
-        if name in held
-        else f"{name} is missing"
-        for name, shape in wanted.items()
-        if held.get(name) != shape
-    ]
-    problems += [f"{name} is unexpected" for name in held if name not in wanted]
-    if problems:
-        raise ValueError(listed("`params` do not fit the config", problems))
+    check_entries(held, _param_shapes(config, part), "`params` do not fit the config")
 
 
 def parts_in(names: Iterable[str]) -> list[str]:

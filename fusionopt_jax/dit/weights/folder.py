@@ -63,7 +63,7 @@ def read_folder(
         (array([0., 0.], dtype=float32), {'sample_size': 8})
     """
     folder = _part_folder(pathlib.Path(source), part)
-    config = _read_json(folder / CONFIG_NAME)
+    config = read_json(folder / CONFIG_NAME)
     chosen = _choose_file(folder)
     if chosen.suffix != ".json":
         return join([open_file(chosen)]), config
@@ -96,8 +96,18 @@ def _part_folder(source: pathlib.Path, part: str) -> pathlib.Path:
     )
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON file that holds one object."""
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON file that holds one object.
+
+    Args:
+        path: The file.
+
+    Returns:
+        What is in it.
+
+    Raises:
+        ValueError: If it is damaged, or holds something other than an object.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -147,7 +157,7 @@ def _nothing_found(folder: pathlib.Path, names: list[str]) -> str:
 
 def _read_shards(index: pathlib.Path) -> Weights:
     """The arrays of all files that an index names."""
-    where = _read_json(index).get("weight_map")
+    where = read_json(index).get("weight_map")
     if not isinstance(where, Mapping) or not where:
         raise ValueError(f"{index} has no `weight_map`; fetch it again.")
     files: dict[str, list[str]] = {}

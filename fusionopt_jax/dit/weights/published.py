@@ -182,13 +182,16 @@ def expected_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_entries(
-    shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+    shapes: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    title: str = _NO_DIT,
 ) -> None:
     """Require every entry, no other, each in its shape.
 
     Args:
         shapes: Of what there is.
         expected: Of what there has to be.
+        title: What is wrong if they differ, for the error.
 
     Raises:
         ValueError: If they differ, with the list.
@@ -208,7 +211,7 @@ def check_entries(
         if name in shapes and shapes[name] != shape
     ]
     if problems:
-        raise ValueError(listed(_NO_DIT, problems))
+        raise ValueError(listed(title, problems))
 
 
 def check_positions(table: np.ndarray, config: DiTConfig) -> None:
@@ -362,15 +365,8 @@ def _put(tree: Params, path: tuple[str, ...], value: Params) -> None:
 def _check_params(params: Params, config: DiTConfig) -> None:
     """Require the parameters to have the sizes of the config."""
     expected = jax.eval_shape(lambda: init_params(config))
-    wanted = {name: leaf.shape for name, leaf in named_leaves(expected)}
-    held = {name: np.shape(leaf) for name, leaf in named_leaves(params)}
-    problems = [
-        f"{name} has shape {held[name]} instead of {shape}"
-        if name in held
-        else f"{name} is missing"
-        for name, shape in wanted.items()
-        if held.get(name) != shape
-    ]
-    problems += [f"{name} is unexpected" for name in held if name not in wanted]
-    if problems:
-        raise ValueError(listed("`params` do not fit the config", problems))
+    check_entries(
+        {name: np.shape(leaf) for name, leaf in named_leaves(params)},
+        {name: leaf.shape for name, leaf in named_leaves(expected)},
+        "`params` do not fit the config",
+    )

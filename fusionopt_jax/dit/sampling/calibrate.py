@@ -136,6 +136,70 @@ def calibrate(
         As the head of this module says.
     """
     _check_choice(budget, fraction)
+    _checks.check_choice("order", order, (0, 1, 2))
+    return measure_residuals(
+        params,
+        config,
+        sampler,
+        labels,
+        branches=branches,
+        cache=cache,
+        noise=noise,
+        cfg_scale=cfg_scale,
+        cfg_channels=cfg_channels,
+        guidance_interval=guidance_interval,
+        key=key,
+        dtype=dtype,
+    ).choose(budget=budget, fraction=fraction, order=order)
+
+
+def measure_residuals(
+    params: Params,
+    config: DiTConfig,
+    sampler: Sampler,
+    labels: Int[Array | np.ndarray, " batch"] | Sequence[int],
+    *,
+    branches: bool = False,
+    cache: TimeConditioningCache | None = None,
+    noise: Float[Array | np.ndarray, "batch height width channels"] | None = None,
+    cfg_scale: float | Float[Array, ""] | Float[Array, " batch"] = 1.5,
+    cfg_channels: GuidedChannels = None,
+    guidance_interval: tuple[float, float] | None = None,
+    key: PRNGKeyArray | None = None,
+    dtype: DTypeLike = jnp.float32,
+) -> "Residuals":
+    """The measurement of `calibrate` alone, for several choices from one of it.
+
+    Args:
+        params: As for `calibrate`, like everything else here.
+        config: See there.
+        sampler: See there.
+        labels: See there.
+        branches: See there.
+        cache: See there.
+        noise: See there.
+        cfg_scale: See there.
+        cfg_channels: See there.
+        guidance_interval: See there.
+        key: See there.
+        dtype: See there.
+
+    Returns:
+        What `Residuals.choose` needs.
+
+    Raises:
+        ValueError: As for `calibrate`.
+        TypeError: As for `calibrate`.
+
+    Example:
+        >>> from fusionopt_jax import dit
+        >>> config = dit.DiTConfig(
+        ...     input_size=4, hidden_size=32, depth=1, num_heads=2, num_classes=10
+        ... )
+        >>> params, sampler = dit.init_params(config), dit.Sampler.euler(steps=6)
+        >>> residuals = measure_residuals(params, config, sampler, [3, 7])
+        >>> half, third = (residuals.choose(fraction=1 / n) for n in (2, 3))
+    """
     labels = jnp.asarray(labels)
     if noise is None:
         shape = (len(labels), config.input_size, config.input_size, config.in_channels)
@@ -150,13 +214,13 @@ def calibrate(
     check_variance(config, sampler)
     check_request(config, noise, labels, cfg_scale)
     guided = not (isinstance(cfg_scale, int | float) and cfg_scale == 1.0)
-    guidance = Guidance(cfg_channels, guidance_interval) if guided else None
+    wanted = Guidance(cfg_channels, guidance_interval)
+    guidance = wanted if guided else None
     if cache is not None:
-        wanted = np.asarray(labels)
+        needed = np.asarray(labels)
         if guided:
-            wanted = np.append(wanted, config.null_label)
-        cache.check(params, config, times=sampler.host_times(), labels=wanted)
-
+            needed = np.append(needed, config.null_label)
+        cache.check(params, config, times=sampler.host_times(), labels=needed)
     recorder = _Recorder(sampler, branches)
 
     # Weights as arguments: closed over, they would become constants of the program.
@@ -184,7 +248,7 @@ def calibrate(
         recorder.products(),
         interval=None if guidance is None else guidance.interval,
         fingerprint=weight_digests(as_dict(params)),
-    ).choose(budget=budget, fraction=fraction, order=order)
+    )
 
 
 def record(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fusionopt_jax import dit
-from fusionopt_jax.dit.sampling.calibrate import Residuals, record
+from fusionopt_jax.dit.sampling.calibrate import measure_residuals, record
 from fusionopt_jax.dit.sampling.skip_planning import best_walks, run_errors
 from tests.dit._models import CONFIG, random_params
 from tests.references import dit as reference
@@ -250,23 +250,9 @@ def test_the_residuals_of_a_dit_are_those_of_a_float64_walk(
 ):
     shape = (2, CONFIG.input_size, CONFIG.input_size, CONFIG.in_channels)
     noise = jax.random.normal(jax.random.key(1), shape)
-    found = {}
-
-    def keep(residuals, **wanted):
-        found.update(residuals.products)
-        return dit.StepCache.every(STEPS, 1)
-
-    monkeypatch.setattr(Residuals, "choose", keep)
-    dit.calibrate(
-        params,
-        CONFIG,
-        SAMPLER,
-        [3, 7],
-        budget=0.1,
-        branches=branches,
-        noise=noise,
-        cfg_scale=1.0,
-    )
+    found = measure_residuals(
+        params, CONFIG, SAMPLER, [3, 7], branches=branches, noise=noise, cfg_scale=1.0
+    ).products
     expected = reference_products(params, noise, (3, 7), branches)
     assert set(found) == set(expected)
     for name, products in expected.items():

@@ -12,6 +12,7 @@ STYLES = {
     "step cache": ("#1f5fa8", "o", "step cache, order 1"),
     "fewer steps": ("#c0392b", "s", "fewer steps"),
     "DPM-Solver++": ("#7f8c8d", "^", "DPM-Solver++(2M)"),
+    "Heun": ("#8e44ad", "v", "Heun"),
 }
 
 

@@ -5,13 +5,15 @@
 Trains two DiTs of 1.3 million weights on handwritten digits (about five minutes each on
 two CPU cores; a folder that has them is read), one whose velocity Euler follows and one
 whose noise DDIM takes away, and samples each of them with 10, 25 and 50 steps: as they
-are, with step caches of 1.5 to 4 times fewer evaluations, and with so many fewer steps
-of the same sampler and of DPM-Solver++, which is what one would do instead. Of each it
-gives the Fréchet distance to held-out images over five seeds, the distance of the
-images to those of the same noise without a step cache, and the latency at batch 1 and
-8. About an hour on two cores; every figure is written to `step_cache.json` as it comes,
-and a repeated command goes on from there. `--only latency` measures times alone, which
-wants a machine that does nothing else.
+are, with step caches of 1.5 to 4 times fewer evaluations, and with so many evaluations
+of the same sampler in fewer steps and of DPM-Solver++ or Heun, which is what one would
+do instead. Of each it gives the Fréchet distance to held-out images over five seeds,
+the distance of the images to those of the same noise without a step cache, and the
+latency at batch 1 and 8.
+
+It takes about an hour on two cores. Every figure is written to `step_cache.json` as it
+comes, and a repeated command goes on from there. `--only latency` measures times alone,
+which wants a machine that does nothing else.
 """
 
 import json
@@ -59,7 +61,8 @@ class Case(NamedTuple):
     Attributes:
         start: "ddim" or "euler", the sampler that is to be made faster.
         steps: its steps.
-        kind: "uncached", one of `CACHED`, "fewer steps" or "DPM-Solver++".
+        kind: "uncached", one of `CACHED`, "fewer steps", "DPM-Solver++" or
+            "Heun".
         ratio: how many times fewer evaluations.
         order: of the extrapolation; 0 where there is none.
     """
@@ -81,7 +84,8 @@ class Case(NamedTuple):
         """How often the network is computed; for branches, their share of it."""
         if self.kind == "every n-th step":
             return sum(dit.StepCache.every(self.steps, int(self.ratio), order=1).mask)
-        return round(self.steps / self.ratio)
+        count = round(self.steps / self.ratio)
+        return count - count % 2 if self.kind == "Heun" else count
 
 
 def cases(start: str, steps: int) -> Iterator[Case]:
@@ -93,6 +97,9 @@ def cases(start: str, steps: int) -> Iterator[Case]:
         if start == "ddim":
             yield Case(start, steps, "DPM-Solver++", ratio)
     if (start, steps) in IN_DETAIL:
+        if start == "euler":
+            for ratio in RATIOS:
+                yield Case(start, steps, "Heun", ratio)
         yield Case(start, steps, "step cache", 2.0, 2)
         yield Case(start, steps, "step cache", 3.0, 2)
         yield Case(start, steps, "step cache", 2.0, 0)
@@ -105,6 +112,9 @@ def sampler_of(case: Case) -> dit.Sampler:
     """The sampler of a case."""
     if case.kind == "DPM-Solver++":
         return dit.Sampler.dpm_solver_pp_2m(case.evaluations)
+    if case.kind == "Heun":
+        # Two evaluations a step.
+        return dit.Sampler.heun(case.evaluations // 2)
     steps = case.evaluations if case.kind == "fewer steps" else case.steps
     make = {"ddim": dit.Sampler.ddim, "euler": dit.Sampler.euler}[case.start]
     return make(steps)

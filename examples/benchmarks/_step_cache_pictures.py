@@ -1,5 +1,6 @@
 """The pictures of `step_cache.py`."""
 
+import itertools
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,17 +19,32 @@ STYLES = {
 
 def samples(drawn: Mapping[Any, np.ndarray], path: Path) -> None:
     """A row of images for each case; those of a column began with the same noise."""
-    figure = Figure(figsize=(7.2, 0.47 * len(drawn)), layout="constrained")
-    rows = figure.subplots(len(drawn), 1)
-    for axes, (case, images) in zip(rows, drawn.items(), strict=True):
-        strip = np.concatenate([np.pad(image[..., 0], 1) for image in images], axis=1)
-        axes.imshow(strip, cmap="gray_r", vmin=-1, vmax=1, interpolation="nearest")
-        axes.set_axis_off()
-        what = case.kind if case.ratio == 1 else f"{case.kind}, {case.ratio:g}×"
-        axes.set_title(
-            f"{what}: {case.evaluations}", loc="left", fontsize=8, x=-0.42, y=0.2
+    # By kind, and the more evaluations the higher.
+    kinds = list(dict.fromkeys(case.kind for case in drawn))
+    cases = sorted(drawn, key=lambda case: (kinds.index(case.kind), case.ratio))
+    strips = [
+        np.concatenate(
+            [np.pad(image[..., 0], 1, constant_values=-1) for image in drawn[case]],
+            axis=1,
         )
-    figure.savefig(path, dpi=100)
+        for case in cases
+    ]
+    figure = Figure(figsize=(5.8, 0.36 * len(cases)))
+    axes = figure.add_axes((0.36, 0.01, 0.63, 0.98))
+    axes.imshow(np.concatenate(strips), cmap="gray_r", vmin=-1, vmax=1)
+    height = len(strips[0])
+    axes.set_yticks(
+        [height * (row + 0.5) - 0.5 for row in range(len(cases))],
+        [f"{case.kind}: {case.evaluations} evaluations" for case in cases],
+        fontsize=8,
+    )
+    for row, (above, below) in enumerate(itertools.pairwise(cases), 1):
+        if above.kind != below.kind:
+            axes.axhline(height * row - 0.5, color="#1f5fa8", linewidth=1)
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    figure.savefig(path, dpi=110)
     print(f"wrote {path}")
 
 

@@ -334,6 +334,7 @@ def test_a_folder_that_can_not_be_used_is_an_error_of_one_line(
         (("--cfg", "-1"), ("`--cfg` must lie in",)),
         (("--cfg", "1", "--cfg-channels", "3"), ("--cfg-channels", "leave it out")),
         (("--steps", "4", "--step-cache", "5"), ("--step-cache", "the 4 steps")),
+        (("--steps", "2", "--step-cache", "2"), ("no effect on 2 steps",)),
     ],
     ids=lambda value: " ".join(value),
 )

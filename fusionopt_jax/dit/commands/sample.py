@@ -287,6 +287,11 @@ def _step_cache(distance: int | None, steps: int) -> StepCache | None:
         raise ValueError(
             f"`--step-cache` must lie between 2 and the {steps} steps, got {distance}."
         )
+    if steps == 2:
+        raise ValueError(
+            "`--step-cache` has no effect on 2 steps, since the first two compute; "
+            "leave it out."
+        )
     step_cache = StepCache.every(steps, distance, order=1)
     computed = round(steps * step_cache.fraction)
     sys.stdout.write(

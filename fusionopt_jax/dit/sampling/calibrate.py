@@ -135,8 +135,10 @@ def calibrate(
     Source:
         As the head of this module says.
     """
-    _check_choice(budget, fraction)
-    _checks.check_choice("order", order, (0, 1, 2))
+    # With zeros for what is measured: what can't be chosen shows before the model runs.
+    steps, every = sampler.steps, len(sampler.evaluations)
+    still = {"mask": [np.zeros((1, steps, steps))] * every}
+    Residuals(sampler, still).choose(budget=budget, fraction=fraction, order=order)
     return measure_residuals(
         params,
         config,
@@ -348,6 +350,11 @@ class Residuals:
             # An error may be exactly 0 where nothing moves; still nothing is skipped.
             return self._step_cache(
                 dict.fromkeys(self.products, np.ones(steps, bool)), order
+            )
+        if steps <= order:
+            raise ValueError(
+                f"with order={order} the first {order + 1} steps compute, but the "
+                f"sampler has only {steps}; lower the order."
             )
         walks = {name: self._walks(name, order, longest) for name in self.products}
         found = []

@@ -206,6 +206,22 @@ def test_refusals_of_a_request(params):
         )(jnp.ones((1, 4, 4, 3)))
 
 
+@pytest.mark.parametrize(
+    ("steps", "wanted", "message"),
+    [
+        (STEPS, {"fraction": 0.01}, "out of reach"),
+        (STEPS, {"budget": 0.1, "order": 3}, "`order` must be one of"),
+        (2, {"budget": 0.1, "order": 2}, "the sampler has only 2; lower the order"),
+    ],
+)
+def test_what_cannot_be_chosen_shows_before_the_model_runs(
+    params, monkeypatch, steps, wanted, message
+):
+    monkeypatch.setattr("fusionopt_jax.dit.sampling.calibrate.run_sampler", None)
+    with pytest.raises(ValueError, match=message):
+        dit.calibrate(params, CONFIG, dit.Sampler.euler(steps), [3], **wanted)
+
+
 def test_residuals_that_are_no_numbers(noise):
     def broken(image, time, condition):
         return jnp.where(time < 500, jnp.nan, 1.0) * image

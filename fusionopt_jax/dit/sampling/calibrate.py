@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.experimental import io_callback
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -34,12 +33,12 @@ from fusionopt_jax.dit.cache.dit import TimeConditioningCache
 from fusionopt_jax.dit.cache.fingerprint import WeightDigests, weight_digests
 from fusionopt_jax.dit.config import DiTConfig
 from fusionopt_jax.dit.network.model import as_dict
-from fusionopt_jax.dit.network.residuals import Plan, Recall
 from fusionopt_jax.dit.sampling.denoiser import cached_tables, denoiser
 from fusionopt_jax.dit.sampling.extrapolation import extrapolation
 from fusionopt_jax.dit.sampling.flow import FLOW_TIME_SCALE
 from fusionopt_jax.dit.sampling.guidance import Guidance, GuidedChannels
 from fusionopt_jax.dit.sampling.loop import run_sampler
+from fusionopt_jax.dit.sampling.recorder import Recorder
 from fusionopt_jax.dit.sampling.sample import check_request, check_variance
 from fusionopt_jax.dit.sampling.sampler import Sampler
 from fusionopt_jax.dit.sampling.skip_planning import Walk, best_walks, run_errors
@@ -49,10 +48,6 @@ from fusionopt_jax.dit.sampling.step_cache import (
     StepCache,
     remembering,
 )
-
-NUMBERS = 2**16
-"""Most numbers that are kept of the residual of one step; of larger ones as many are
-picked at random, which finds a relative error to a per cent of itself."""
 
 LONGEST = 8
 """Most steps that are skipped in a row."""
@@ -223,7 +218,7 @@ def measure_residuals(
         if guided:
             needed = np.append(needed, config.null_label)
         cache.check(params, config, times=sampler.host_times(), labels=needed)
-    recorder = _Recorder(sampler, branches)
+    recorder = Recorder(sampler, branches)
 
     # Weights as arguments: closed over, they would become constants of the program.
     @jax.jit
@@ -285,7 +280,7 @@ def record(
         >>> residuals.choose(fraction=0.5).mask
         (True, True, False, False, True, False)
     """
-    recorder = _Recorder(sampler, branches=False)
+    recorder = Recorder(sampler, branches=False)
     walk = run_sampler(
         sampler,
         recorder.watch(remembering(denoise)),
@@ -404,93 +399,6 @@ class Residuals:
         return StepCache(
             **masks, order=order, fingerprint=self.fingerprint, sampler=self.sampler
         )
-
-
-class _Recorder:
-    """Sees every residual of a walk, and keeps some of its numbers.
-
-    Attributes:
-        sampler: The walk.
-        branches: Whether the residuals are those of branches, a pair of trees whose
-            leaves have a leading axis of blocks.
-    """
-
-    def __init__(self, sampler: Sampler, branches: bool) -> None:
-        self.sampler = sampler
-        self.branches = branches
-        self._seen: list[Any] = []
-
-    def plans(self) -> tuple[Plan, ...]:
-        """Compute everything, and keep the last residual."""
-        steps = self.sampler.steps
-        recall = Recall(np.ones(steps, bool), np.ones((steps, 1)))
-        plan = (
-            Plan(attention=recall, mlp=recall)
-            if self.branches
-            else Plan(network=recall)
-        )
-        return (plan,) * len(self.sampler.evaluations)
-
-    def watch(self, network: Remembering) -> Remembering:
-        """The same network, which shows what it keeps."""
-
-        def denoise(
-            image: Array, time: Array, condition: Any, plan: Plan, kept: Any
-        ) -> tuple[Array, Any]:
-            """Evaluate it, and hand some numbers of its residuals to the host."""
-            output, kept = network.denoise(image, time, condition, plan, kept)
-            io_callback(self._seen.append, None, self._picked(kept), ordered=True)
-            return output, kept
-
-        return Remembering(denoise)
-
-    def _picked(self, kept: Any) -> dict[str, list[Array]]:
-        """By masks the newest residuals, each [streams, numbers]."""
-        if not self.branches:
-            return {"mask": [_some(leaf[:1]) for leaf in jax.tree.leaves(kept)]}
-        names = ("attention", "mlp")
-        return {
-            name: [_some(leaf[:, 0]) for leaf in jax.tree.leaves(branch)]
-            for name, branch in zip(names, kept, strict=True)
-        }
-
-    def products(self) -> dict[str, list[np.ndarray]]:
-        """Inner products of the residuals of all steps, for each evaluation."""
-        jax.effects_barrier()
-        every = len(self.sampler.evaluations)
-        return {
-            name: [
-                _products([seen[name] for seen in self._seen[place::every]])
-                for place in range(every)
-            ]
-            for name in self._seen[0]
-        }
-
-
-def _some(residuals: Array) -> Array:
-    """All numbers of each residual, or `NUMBERS` of them, the same in every step."""
-    flat = residuals.reshape(len(residuals), -1)
-    if flat.shape[1] <= NUMBERS:
-        return flat
-    places = np.random.default_rng(0).choice(flat.shape[1], NUMBERS, replace=False)
-    return flat[:, np.sort(places)]
-
-
-def _products(steps: list[list[Any]]) -> np.ndarray:
-    """[streams, steps, steps] of the residuals that each step showed."""
-    products = []
-    for leaves in zip(*steps, strict=True):
-        # In float64: a small error is the difference of large products.
-        values = np.stack(leaves, axis=1).astype(np.float64)
-        bad = ~np.isfinite(values).all(axis=(0, 2))
-        if bad.any():
-            raise ValueError(
-                f"the residuals of step {np.flatnonzero(bad)[0]} hold NaN or infinite "
-                "numbers, so no error can be measured; look for them in the weights "
-                "and the noise."
-            )
-        products.append(values @ values.transpose(0, 2, 1))
-    return np.concatenate(products)
 
 
 def _cost(name: str, count: int, steps: int) -> float:

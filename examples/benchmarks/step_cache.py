@@ -128,9 +128,20 @@ class Bench:
         self.data = load("digits")
         self.config = options.model_config(options.Settings(), self.data)
         self.path = self.out / "step_cache.json"
-        self.results: dict[str, Any] = {"quality": {}, "latency": {}, "masks": {}}
+        self.results: dict[str, Any] = {
+            "training_steps": given.training_steps,
+            "quality": {},
+            "latency": {},
+            "masks": {},
+        }
         if self.path.exists():
-            self.results |= json.loads(self.path.read_text())
+            kept = json.loads(self.path.read_text())
+            if kept["training_steps"] != given.training_steps:
+                sys.exit(
+                    f"{self.path} is of models trained for {kept['training_steps']} "
+                    "steps; give that --training-steps, or another --out"
+                )
+            self.results |= kept
         self.training_steps: int = given.training_steps
         self.trained: dict[str, Any] = {}
         self.measured: dict[tuple[str, int, str], Residuals] = {}
@@ -286,7 +297,9 @@ def main() -> None:
     arguments = measure.parser(__doc__)
     arguments.set_defaults(out=Path("runs/step_cache"))
     arguments.add_argument("--only", choices=("quality", "latency", "pictures"))
-    arguments.add_argument("--starts", nargs="*", default=list(OBJECTIVES))
+    arguments.add_argument(
+        "--starts", nargs="*", default=list(OBJECTIVES), choices=OBJECTIVES
+    )
     arguments.add_argument("--steps", nargs="*", type=int, default=STEPS)
     arguments.add_argument("--training-steps", type=int, default=1250)
     given = arguments.parse_args()

@@ -215,11 +215,11 @@ def test_refusals_of_a_request(params):
     ],
 )
 def test_what_cannot_be_chosen_shows_before_the_model_runs(
-    params, monkeypatch, steps, wanted, message
+    params, steps, wanted, message
 ):
-    monkeypatch.setattr("fusionopt_jax.dit.sampling.calibrate.run_sampler", None)
+    # A label that there is not, so that the model can't have run.
     with pytest.raises(ValueError, match=message):
-        dit.calibrate(params, CONFIG, dit.Sampler.euler(steps), [3], **wanted)
+        dit.calibrate(params, CONFIG, dit.Sampler.euler(steps), [11], **wanted)
 
 
 def test_residuals_that_are_no_numbers(noise):

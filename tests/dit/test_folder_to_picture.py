@@ -332,6 +332,8 @@ def test_a_folder_that_can_not_be_used_is_an_error_of_one_line(
         (("--sampler", "sit_sde"), ("needs `--kind`",)),
         (("--norm", "2"), ("`--norm` has no effect on ddim",)),
         (("--cfg", "-1"), ("`--cfg` must lie in",)),
+        (("--seed", "-1"), ("`--seed` must lie between",)),
+        (("--seed", str(2**32)), ("`--seed` must lie between",)),
         (("--cfg", "1", "--cfg-channels", "3"), ("--cfg-channels", "leave it out")),
         (("--steps", "4", "--step-cache", "5"), ("--step-cache", "the 4 steps")),
         (("--steps", "2", "--step-cache", "2"), ("no effect on 2 steps",)),

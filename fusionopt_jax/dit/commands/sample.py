@@ -212,6 +212,11 @@ def prepare(options: argparse.Namespace) -> Callable[[], object]:
     """
     if options.count < 1:
         raise ValueError(f"`--count` must be at least 1, got {options.count}.")
+    if not 0 <= options.seed < 2**32:
+        raise ValueError(
+            f"`--seed` must lie between 0 and {2**32 - 1}, got {options.seed}: a key "
+            "has no more bits."
+        )
     check_number("--cfg", options.cfg, low=0.0)
     if options.cfg_channels is not None and options.cfg == 1.0:
         raise ValueError("`--cfg-channels` has no effect with `--cfg 1`; leave it out.")

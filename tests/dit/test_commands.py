@@ -108,6 +108,7 @@ class TestScheduler:
             ),
             ({"num_train_timesteps": 4000}, False, "num_train_timesteps=4000"),
             ({"trained_betas": [0.1]}, False, r"trained_betas=\[0.1\]"),
+            ({"clip_sample": True}, False, "give `--clip` to do so, or `--no-clip`"),
             ({}, True, "predicts 'epsilon', and euler needs .* a velocity"),
         ],
     )
@@ -123,6 +124,10 @@ class TestScheduler:
         path = tmp_path / "scheduler" / "scheduler_config.json"
         _folders.write_json(path, _folders.SCHEDULER)
         pipeline.check_scheduler(tmp_path, dit.Sampler.ddim(), flow=False)
+        _folders.write_json(path, {**_folders.SCHEDULER, "clip_sample": True})
+        for clip in (False, True):
+            sampler = dit.Sampler.ddim(clip=clip)
+            pipeline.check_scheduler(tmp_path, sampler, flow=False, clip=clip)
         _folders.write_json(path, {"_class_name": "FlowMatchEulerDiscreteScheduler"})
         pipeline.check_scheduler(tmp_path, dit.Sampler.euler(), flow=True)
 

@@ -112,17 +112,21 @@ def describe_source(source: pathlib.Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def check_scheduler(folder: pathlib.Path, sampler: Sampler, *, flow: bool) -> None:
+def check_scheduler(
+    folder: pathlib.Path, sampler: Sampler, *, flow: bool, clip: bool | None = None
+) -> None:
     """Refuse a sampler that a pipeline's own scheduler contradicts.
 
     Args:
         folder: Of the pipeline; nothing is checked if it has no scheduler.
         sampler: The walk.
         flow: Whether it expects a velocity rather than the noise.
+        clip: Whether predictions are to be cut, if that was said.
 
     Raises:
         ValueError: If the model was trained for another kind of sampler, or with other
-            noise.
+            noise, or if the scheduler cuts predictions and the sampler does not, though
+            nobody said so.
     """
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
@@ -143,6 +147,11 @@ def check_scheduler(folder: pathlib.Path, sampler: Sampler, *, flow: bool) -> No
                 f"{path} says {name}={held[name]!r}, and {sampler.method} is for "
                 f"models trained with {name}={value!r}, as the published DiT was."
             )
+    if held.get("clip_sample") and clip is None:
+        raise ValueError(
+            f"{path} says clip_sample=True, which cuts predictions to [-1, 1]: give "
+            "`--clip` to do so, or `--no-clip`, which is right for latents."
+        )
 
 
 @contextlib.contextmanager

@@ -94,9 +94,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--norm", type=float, help="amount of that noise")
     add(
         "--clip",
-        action="store_true",
-        default=None,
-        help="cut predictions to [-1, 1]; for pixels",
+        action=argparse.BooleanOptionalAction,
+        help="cut predictions to [-1, 1], which is for pixels, or do not (default)",
     )
     add(
         "--cfg",
@@ -233,7 +232,9 @@ def prepare(options: argparse.Namespace) -> Callable[[], object]:
         raise ValueError(
             f"`--columns` must lie between 1 and the {images} images, got {columns}."
         )
-    check_scheduler(options.weights, sampler, flow=_follows_a_flow(method))
+    check_scheduler(
+        options.weights, sampler, flow=_follows_a_flow(method), clip=options.clip
+    )
     decoder = read_decoder(options)
     params, config = read_model(options, kind)
     if decoder is not None:

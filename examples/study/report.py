@@ -32,7 +32,7 @@ TITLES = {
     "glyphs": "characters, DiT",
     "digits": "digits, DiT",
 }
-CURVES = ("adamw", "muon", "normuon", "sf_adamw", "sf_normuon", "ratio")
+CURVES = ("adamw", "adamw_rest", "muon", "normuon", "sf_adamw", "sf_normuon", "ratio")
 FACTORS = ("ratio", "plus", "autoscale", "d_adaptation")
 
 Rows = Mapping[tuple[str, str], Row]
@@ -315,7 +315,7 @@ def plot_factors(finished: Mapping[Job, Record], path: Path) -> None:
                     _steps(record)[: len(record.step_sizes)],
                     record.step_sizes,
                     color=f"C{number}",
-                    linewidth=0.5 + 0.3 * place,
+                    linewidth=0.5 + 0.4 * place,
                     label="_" * (place > 0) + METHODS[method].title,
                 )
         axes.set(xlabel="step", ylabel="shared factor", yscale="log")
@@ -357,18 +357,26 @@ def _steps(record: Record) -> list[int]:
 
 
 def _plot(names: Sequence[str], draw: Callable[..., None], path: Path) -> None:
-    """One panel a workload."""
+    """One panel for each workload that there is something to draw of."""
+
+    def empty(name: str) -> bool:
+        axes = Figure().subplots()
+        draw(axes, name)
+        return not axes.lines
+
+    names = [name for name in names if not empty(name)]
     if not names:
         return
     figure = Figure(figsize=(4.2 * len(names) + 0.6, 3.6), layout="constrained")
-    for axes, name in zip(
-        figure.subplots(1, len(names), squeeze=False)[0], names, strict=True
-    ):
+    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    for axes, name in zip(panels, names, strict=True):
         draw(axes, name)
         axes.set_title(TITLES[name])
         axes.grid(alpha=0.3, which="both")
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7)
+        axes.legend(fontsize=6, framealpha=0.5)
+        if axes.get_yscale() == "log":
+            axes.yaxis.set_major_formatter("{x:.2g}")
+            axes.yaxis.set_minor_formatter("{x:.2g}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 

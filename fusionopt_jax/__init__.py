@@ -27,7 +27,7 @@ from fusionopt_jax.transforms.schedule_free import schedule_free
 from fusionopt_jax.transforms.shampoo import shampoo
 from fusionopt_jax.transforms.snr_gate import snr_gate
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "MatrixAxes",

@@ -98,6 +98,7 @@ ALL = (
         "kl_shampoo_every_step",
         lambda routing: fo.kl_shampoo(b2=0.9, update_every=1, restore_norm=True),
         matrices=True,
+        exhaustive=True,
     ),
     _direction(
         "shampoo",
@@ -198,6 +199,7 @@ ALL = (
         ),
         value=True,
         params=True,
+        exhaustive=True,
     ),
     _optimizer(
         "fusion_opt_shampoo",
@@ -224,6 +226,7 @@ ALL = (
         "fusion_opt_torch",
         lambda routing: fo.fusion_opt_torch(1e-2, routing=routing),
         params=True,
+        exhaustive=True,
     ),
 )
 

@@ -54,7 +54,8 @@ def test_every_optimizer_can_take_a_step_at_the_default_size(optimizer):
 def test_every_option_has_a_run():
     given = {text for run in (SHORT, *RUNS.values()) for text in run}
     known = set(re.findall(r"--[a-z-]+", options.command_line().format_help()))
-    elsewhere = {"--help", "--out", "--resume"}
+    # Each has tests of its own in `test_train_dit`.
+    elsewhere = {"--help", "--latents", "--out", "--resume"}
     assert {text for text in given if text.startswith("--")} == known - elsewhere
     assert {*optimizers.NAMES} <= {"fusion", *given}
 

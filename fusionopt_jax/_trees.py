@@ -17,16 +17,21 @@ def l2_norm(tree: Any) -> Scalar:
     1e-19 do to it, it is taken again of entries divided by the largest.
     """
     leaves = jax.tree.leaves(tree)
-    squares = total(jnp.sum(jnp.square(_sizes(x))) for x in leaves)
+    if not leaves:
+        return jnp.zeros([], jnp.float32)
+    squares = total(jnp.sum(_squares(widened(x))) for x in leaves)
 
     def scaled() -> Scalar:
-        # Widened in here: of what is given from outside, a branch gets a whole copy.
-        largest = jnp.zeros([], jnp.float32)
-        for x in leaves:
-            largest = jnp.maximum(largest, jnp.max(_sizes(x), initial=0))
-        unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-        squares = total(jnp.sum(jnp.square(_sizes(x) / unit)) for x in leaves)
-        return unit * jnp.sqrt(squares)
+        # Nothing of the size of a leaf is used twice, or shared by two leaves: it would
+        # be stored.
+        sizes = [jnp.max(jnp.abs(x), initial=0).astype(jnp.float32) for x in leaves]
+        largest = _unit(jnp.max(jnp.stack(sizes)), 1.0)
+        units = [_unit(size, largest) for size in sizes]
+        squares = total(
+            jnp.square(unit / largest) * jnp.sum(_squares(widened(x) / unit))
+            for x, unit in zip(leaves, units, strict=True)
+        )
+        return largest * jnp.sqrt(squares)
 
     # A second look at the whole tree, for which few steps have a reason.
     in_range = (squares > jnp.finfo(jnp.float32).tiny) & jnp.isfinite(squares)
@@ -56,6 +61,18 @@ def entries(tree: Any) -> int:
 def total(terms: Iterable[Array]) -> Scalar:
     """The sum of some scalars, 0 if there are none."""
     return sum(terms, start=jnp.zeros([], jnp.float32))
+
+
+def _unit(size: Scalar, other: Scalar | float) -> Scalar:
+    """A size to divide by, or another where it can't be divided by."""
+    return jnp.where((size > 0) & jnp.isfinite(size), size, other)
+
+
+def _squares(leaf: Array) -> Array:
+    """The squared absolute values of the entries."""
+    if jnp.iscomplexobj(leaf):
+        return jnp.square(leaf.real) + jnp.square(leaf.imag)
+    return jnp.square(leaf)
 
 
 def _sizes(leaf: Array) -> Array:

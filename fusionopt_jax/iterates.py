@@ -5,6 +5,7 @@ state holds the fast iterate :math:`z_t`; the average :math:`x_t`, which is depl
 kept or recovered from :math:`y_t = (1-\beta)\,z_t + \beta\,x_t`.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -33,10 +34,11 @@ class ScheduleFreeState(NamedTuple):
         max_learning_rate: The largest rate that a step has used.
         z: The fast iterate, shaped like the parameters.
         x: The average, shaped like the parameters, or `None` where it is recovered.
-        y_sample: For each leaf (for 64 of them where there are more) one entry of the
-            parameters that the last step leads to, the size that its rounding refers
-            to, and that entry of z: by it `eval_params` knows parameters that are not
-            those.
+        y_sample: For each leaf that is looked at one entry of the parameters that the
+            last step leads to, the size that its rounding refers to, and that entry
+            of z: by it `eval_params` knows parameters that are not those. Looked at
+            are all leaves of a small tree; of a large one the smallest, 64 at most,
+            which together are a 32nd of it.
         inner_state: State of the wrapped transformation.
     """
 
@@ -61,8 +63,11 @@ def average_of(state: ScheduleFreeState, params: Params) -> Params:
     )
 
 
-# Each look at a leaf that is divided among devices is an exchange between them.
+# Each look at a leaf that is divided among devices is an exchange between them, and XLA
+# keeps a leaf that a step looks at beside the one that replaces it.
 _MOST_SAMPLES = 64
+_SAMPLED_SHARE = 1 / 32
+_SMALL_TREE = 2**20
 
 
 def sample_of(
@@ -83,7 +88,8 @@ def sample_of(
 
 def middles(tree: Params) -> list[Array]:
     """The real part of an entry in the middle of each leaf that is looked at."""
-    leaves = _sampled(jax.tree.leaves(tree))
+    leaves = jax.tree.leaves(tree)
+    leaves = [leaves[number] for number in _sampled(leaves)]
     if any(map(is_abstract, leaves)):
         return [jnp.real(jnp.zeros([], leaf.dtype)) for leaf in leaves]
 
@@ -98,10 +104,19 @@ def middles(tree: Params) -> list[Array]:
     return automatic(slices, leaves, like=[PartitionSpec()] * len(leaves))
 
 
-def _sampled(leaves: list[Any]) -> list[Any]:
-    """The leaves of which an entry is kept."""
-    count = min(len(leaves), _MOST_SAMPLES)
-    return [leaves[(number * len(leaves)) // count] for number in range(count)]
+def _sampled(leaves: list[Array]) -> list[int]:
+    """Which leaves an entry is kept of: the smallest, as far as a share of all goes."""
+    sizes = [math.prod(jnp.shape(leaf)) for leaf in leaves]
+    left = max(_SMALL_TREE, _SAMPLED_SHARE * sum(sizes))
+    found = []
+    for number in sorted(range(len(leaves)), key=sizes.__getitem__):
+        left -= sizes[number]
+        if found and left < 0:
+            break
+        found.append(number)
+    count = min(len(found), _MOST_SAMPLES)
+    found.sort()
+    return [found[(number * len(found)) // count] for number in range(count)]
 
 
 def check_current(state: ScheduleFreeState, params: Params, name: str) -> None:
@@ -114,13 +129,14 @@ def check_current(state: ScheduleFreeState, params: Params, name: str) -> None:
     y, size, _ = np.asarray(sample_of(entries, entries))
     expected, expected_size, _ = np.asarray(sample)
     # A few roundings: a compiled step may leave out one, or add a product in one go.
-    eps = [max(float(jnp.finfo(leaf.dtype).eps), 2.0**-23) for leaf in _sampled(leaves)]
+    looked_at = _sampled(leaves)
+    eps = [max(float(jnp.finfo(leaves[at].dtype).eps), 2.0**-23) for at in looked_at]
     close = np.abs(y - expected) <= 4 * np.asarray(eps) * (size + expected_size)
     same = close | (y == expected) | (np.isnan(y) & np.isnan(expected))
     if np.all(same):
         return
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(state.z)[0]]
-    where = "/".join(path_keys(_sampled(paths)[int(np.argmin(same))]))
+    where = "/".join(path_keys(paths[looked_at[int(np.argmin(same))]]))
     raise ValueError(
         f"`{name}`: these parameters are not those that the state belongs to (leaf "
         f"{where!r} has an entry {y[np.argmin(same)]:g} where the state led to "
@@ -156,7 +172,8 @@ def eval_params(state: Any, params: Tree) -> Tree:
     Raises:
         ValueError: If there is no Schedule-Free state, or two cover the same leaf, or
             `params` are not what the state's last update led to. That is seen by an
-            entry of each leaf, and where the numbers are known: not under `jax.jit`.
+            entry of each leaf (of a large tree, of each small leaf), and where the
+            numbers are known: not under `jax.jit`.
 
     Example:
         >>> import jax.numpy as jnp, optax, fusionopt_jax as fo

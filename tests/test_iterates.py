@@ -219,6 +219,15 @@ def test_only_some_leaves_of_a_large_tree_are_looked_at():
     fo.eval_params(state, params)
 
 
+def test_of_a_large_tree_the_small_leaves_are_looked_at():
+    params = {name: jnp.ones((1100, 1000)) for name in ("a", "b")} | {"c": jnp.ones(3)}
+    state = plain().init(params)
+    assert state.y_sample.shape == (3, 1)
+    fo.eval_params(state, params)
+    with pytest.raises(ValueError, match="leaf 'c' has an entry 2"):
+        fo.eval_params(state, params | {"c": 2 * params["c"]})
+
+
 def test_an_average_belongs_to_no_state():
     state, params = stepped(plain())
     average = fo.eval_params(state, params)

@@ -14,6 +14,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 import fusionopt_jax as fo
+from fusionopt_jax import _trees
 from fusionopt_jax._matrices import newton_schulz
 
 ROUTING = fo.Routing(min_dim=16, stacked=("blocks",))
@@ -130,6 +131,27 @@ def test_schedule_free_needs_no_more_than_one_copy_of_the_parameters():
     temporary = compiled(tx, params).memory_analysis().temp_size_in_bytes
     # 4 bytes a parameter, and a few scalars.
     assert temporary <= 4 * size(params) + 1024
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a schedule of XLA's for CPUs")
+def test_schedule_free_can_go_through_the_leaves_one_by_one():
+    """What it knows foreign parameters by keeps few leaves alive."""
+    leaf = jax.ShapeDtypeStruct((1024, 512), jnp.float32)
+    params = {f"kernel_{i}": leaf for i in range(8)} | {"bias": jnp.zeros(8)}
+    tx = fo.schedule_free(optax.scale_by_rms(0.99), 1e-3)
+    schedule = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    program = lowered(tx, params).compile(schedule)
+    # The old iterate of the kernel that is looked at, that of another while its new
+    # parameters are made, and a few scalars.
+    assert program.memory_analysis().temp_size_in_bytes <= 2 * 4 * leaf.size + 4096
+
+
+@pytest.mark.parametrize("norm", [_trees.l2_norm, _trees.l1_norm])
+def test_norms_are_taken_in_no_memory(norm):
+    # Of one shape, since XLA stores what two leaves would share.
+    leaf = jax.ShapeDtypeStruct((64, 64, 64), jnp.float32)
+    program = jax.jit(norm).lower([leaf, leaf]).compile()
+    assert program.memory_analysis().temp_size_in_bytes <= 4096
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,9 @@ def test_schedule_free_needs_no_more_than_one_copy_of_the_parameters():
     assert temporary <= 4 * size(params) + 1024
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a schedule of XLA's for CPUs")
+@pytest.mark.skipif(
+    jax.default_backend() != "cpu", reason="a schedule of XLA's for CPUs"
+)
 def test_schedule_free_can_go_through_the_leaves_one_by_one():
     """What it knows foreign parameters by keeps few leaves alive."""
     leaf = jax.ShapeDtypeStruct((1024, 512), jnp.float32)

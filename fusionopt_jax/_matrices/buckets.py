@@ -267,7 +267,20 @@ def _buckets(
     for at, part in parts.items():
         alone = calls.bucketing == "leaf" or part.ids.shape[0] >= enough
         buckets.setdefault(at if alone else _kind(part, calls), []).append(at)
-    return list(buckets.values())
+    if devices == 1:
+        return list(buckets.values())
+    # Nothing hides the first bucket's exchange on its way in, nor the last one's on its
+    # way back; each of the others has the iteration of another to hide behind. So the
+    # two that have the least to exchange are the first and the last.
+    first, *others = sorted(buckets.values(), key=lambda members: _size(parts, members))
+    return [first, *others[1:], *others[:1]]
+
+
+def _size(
+    parts: dict[tuple[int, int], _Part], members: Sequence[tuple[int, int]]
+) -> int:
+    """Numbers in the stacks of a bucket."""
+    return sum(parts[at].stacks[0].size for at in members)
 
 
 def _kind(part: _Part, calls: _Calls) -> Hashable:

@@ -6,6 +6,7 @@ of the stack, need none: one exchange on the way in and one on the way out. What
 be divided that way is computed by every device.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -66,17 +67,8 @@ def spread(function: Callable[..., Any], *leaves: Array) -> Callable[..., Any]:
         if count == 1:
             return whole(function(*whole(stacks, *leaves)), *leaves)
 
-        def divided(stack: Array) -> Array:
-            filling = [(0, -count % devices)] + [(0, 0)] * (stack.ndim - 1)
-            return _placed(jnp.pad(stack, filling), mesh, axes)
-
-        def collected(stack: Array) -> Array:
-            stack = _placed(stack, mesh, axes)[:count]
-            # Or the division would spread to the parameters, whose layers a scan takes
-            # one by one; how each matrix is split is for those to say.
-            free = [PartitionSpec.UNCONSTRAINED] * (stack.ndim - 1)
-            return _placed(stack, mesh, None, *free)
-
+        divided = functools.partial(_divided, mesh=mesh, axes=axes)
+        collected = functools.partial(_collected, mesh=mesh, axes=axes, count=count)
         return jax.tree.map(collected, function(*jax.tree.map(divided, stacks)))
 
     return spread_function
@@ -88,6 +80,35 @@ def whole(tree: Any, *leaves: Array) -> Any:
     if _free_axes(mesh)[1] == 1:
         return tree
     return jax.tree.map(lambda stack: _placed(stack, mesh), tree)
+
+
+def _divided(stack: Array, mesh: Any, axes: tuple[str, ...]) -> Array:
+    """A stack, filled up with zeros, of which each device holds whole matrices.
+
+    Over one axis of the mesh after another: between a matrix that is split along two
+    axes and a whole one XLA knows no exchange but a copy of everything on every device.
+    """
+    filling = -stack.shape[0] % math.prod(mesh.shape[name] for name in axes)
+    free = [PartitionSpec.UNCONSTRAINED] * (stack.ndim - 1)
+    if filling:
+        stack = jnp.pad(stack, [(0, filling)] + [(0, 0)] * (stack.ndim - 1))
+        if len(axes) > 1:
+            # Or parts of the stack would move once more, to make room for the zeros.
+            stack = _placed(stack, mesh, None, *free)
+    for used in range(1, len(axes)):
+        stack = _placed(stack, mesh, axes[:used], *free)
+    return _placed(stack, mesh, axes)
+
+
+def _collected(stack: Array, mesh: Any, axes: tuple[str, ...], *, count: int) -> Array:
+    """The first `count` matrices of such a stack, as their leaf wants them split."""
+    free = [PartitionSpec.UNCONSTRAINED] * (stack.ndim - 1)
+    stack = _placed(stack, mesh, axes)
+    for used in range(len(axes) - 1, 0, -1):
+        stack = _placed(stack, mesh, axes[:used], *free)
+    # Or the division would spread to the parameters, whose layers a scan takes one by
+    # one; how each matrix is split is for those to say.
+    return _placed(stack[:count], mesh, None, *free)
 
 
 def _placed(stack: Array, mesh: Any, *axes: Any) -> Array:
@@ -114,12 +135,17 @@ def _sharding(leaf: Any) -> NamedSharding | None:
 
 
 def _free_axes(mesh: Any) -> tuple[tuple[str, ...], int]:
-    """The axes that are not the business of a `shard_map`; how many devices that is."""
+    """The axes that are not the business of a `shard_map`; how many devices that is.
+
+    The last comes first. A stack leaves the axis that its division names last before
+    the others, and a leaf that is split along `("x", "y")` can take `"x"` before `"y"`,
+    not the other way round.
+    """
     if mesh is None:
         return (), 1
     axes = tuple(
         name
         for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
         if kind != AxisType.Manual
-    )
+    )[::-1]
     return axes, math.prod(mesh.shape[name] for name in axes)

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import math
 import re
 
 import chex
@@ -187,6 +188,128 @@ def test_devices_change_nothing_for_unequal_parts(specs, kind):
     # Another program for the same numbers.
     _compare.assert_trees_within(updates, expected, 2e-5)
     chex.assert_trees_all_equal_shapes_and_dtypes(same, state)
+
+
+TWO_AXES = {"x": 4, "y": 2}
+SPLITS = [
+    P(None, "x", "y"),
+    P(None, ("x", "y"), None),
+    P(None, "x"),
+    P(None, None, "y"),
+]
+TWO_AXES_CASES = [
+    (split, layers, kind) for split in SPLITS for layers in (8, 3) for kind in KINDS
+]
+# Every split, a stack that is filled up, and an explicit mesh.
+TWO_AXES_EVERY_RUN = [
+    *((split, 8, AxisType.Auto) for split in SPLITS),
+    (SPLITS[0], 3, AxisType.Explicit),
+]
+
+
+def check_two_axes(split, layers, kind):
+    """No device ever holds more of the stack than it does of the leaf."""
+    sizes, names = tuple(TWO_AXES.values()), tuple(TWO_AXES)
+    mesh = jax.make_mesh(sizes, names, axis_types=(kind, kind))
+    params = placed(drawn({"layers": (layers, 16, 32)}), mesh, {"layers": split})
+    program = stepped(fo.ns5(routing=STACKED), params)
+    outside, inside = collectives(program)
+    assert inside == {}
+    _, rows, columns = params["layers"].sharding.shard_shape((layers, 16, 32))
+    if rows * columns == 16 * 32 / 8:
+        # One exchange over each axis, each way.
+        assert outside == {"all-to-all": 4}
+    filled = -(-layers // mesh.size) * mesh.size
+    assert largest_array(program) <= filled * rows * columns
+
+
+@pytest.mark.parametrize(("split", "layers", "kind"), TWO_AXES_EVERY_RUN, ids=str)
+def test_a_mesh_of_two_axes_never_copies_a_stack(split, layers, kind):
+    check_two_axes(split, layers, kind)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("split", "layers", "kind"),
+    [case for case in TWO_AXES_CASES if case not in TWO_AXES_EVERY_RUN],
+    ids=str,
+)
+def test_no_mesh_of_two_axes_copies_a_stack(split, layers, kind):
+    check_two_axes(split, layers, kind)
+
+
+def largest_array(program):
+    """Numbers in the largest array of a device."""
+    shapes = re.findall(r"\bf32\[([\d,]+)\]", program.as_text() or "")
+    return max(math.prod(map(int, shape.split(","))) for shape in shapes)
+
+
+def test_a_copied_stack_would_be_found():
+    mesh = mesh_of(AxisType.Auto)
+    params = placed(drawn({"layers": (8, 16, 32)}), mesh, FULLY_SHARDED)
+    copy = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, P()))
+    assert largest_array(copy.lower(params).compile()) == 8 * 16 * 32
+
+
+INSTRUCTION = re.compile(r"^\s*(?:ROOT )?(%[\w.\-]+) = .*? ([a-z\-]+)\((.*)$")
+
+
+def waits(program):
+    """Kind of each instruction, and the loops that have to end before it starts."""
+    text = program.as_text() or ""
+    found = {}
+    for line in text[text.index("\nENTRY") :].splitlines():
+        if match := INSTRUCTION.match(line):
+            name, kind, rest = match.groups()
+            # Operands, and what a schedule was told to put before it.
+            needed = [
+                other for other in re.findall(r"%[\w.\-]+", rest) if other in found
+            ]
+            loops = set().union(*(found[other][1] for other in needed))
+            loops |= {other for other in needed if found[other][0] == "while"}
+            found[name] = kind, loops
+    return found
+
+
+THREE_BUCKETS = {"a": (8, 16, 64), "b": (8, 16, 16), "c": (8, 16, 32)}
+
+
+@pytest.mark.parametrize(
+    ("more", "kind"),
+    [
+        ((), AxisType.Auto),
+        *(
+            pytest.param(*case, marks=pytest.mark.exhaustive)
+            for case in (((), AxisType.Explicit), (("mona",), AxisType.Auto))
+        ),
+    ],
+    ids=str,
+)
+def test_buckets_wait_for_no_other_bucket(more, kind):
+    """So that one is exchanged while another is computed."""
+    specs = dict.fromkeys(THREE_BUCKETS, P(None, "x", None))
+    params = placed(drawn(THREE_BUCKETS), mesh_of(kind), specs)
+    tx = fo.fusion_opt(
+        1e-3,
+        components={"ns5", "normuon", "sf", *more},
+        routing=fo.Routing(min_dim=8, stacked=tuple(THREE_BUCKETS)),
+        polyak_rule=None,
+    )
+    found = list(waits(stepped(tx, params)).values())
+    assert [loops for kind, loops in found if kind == "while"] == [set()] * 3
+    exchanges = [loops for kind, loops in found if kind == "all-to-all"]
+    # Three on their way in, and each on its way back after a loop of its own.
+    assert sorted(map(len, exchanges)) == [0, 0, 0, 1, 1, 1]
+    assert len(set().union(*exchanges)) == 3
+
+
+def test_a_bucket_that_waits_would_be_found():
+    def loop(x):
+        return jax.lax.fori_loop(0, 7, lambda _, x: jnp.tanh(x @ x), x)
+
+    waiting = jax.jit(lambda x, y: loop(loop(x) + y))
+    found = waits(waiting.lower(jnp.eye(8), jnp.eye(8)).compile()).values()
+    assert sorted(len(loops) for kind, loops in found if kind == "while") == [0, 1]
 
 
 def test_an_update_may_be_inside_of_shard_map():

@@ -1,12 +1,12 @@
 """The pictures of `step_cache.py`."""
 
 import itertools
-import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _step_cache_tables import NAMES, mean_and_error
 from matplotlib.figure import Figure
 
 STYLES = {
@@ -48,9 +48,10 @@ def samples(drawn: Mapping[Any, np.ndarray], path: Path) -> None:
     print(f"wrote {path}")
 
 
-def curves(quality: Mapping[str, Any], path: Path) -> None:
+def curves(
+    quality: Mapping[str, Any], starts: Sequence[tuple[str, int]], path: Path
+) -> None:
     """Fréchet distance and distance to the uncached images against evaluations."""
-    starts = [("ddim", 50), ("euler", 25)]
     figure = Figure(figsize=(9.0, 6.0), layout="constrained")
     grid = figure.subplots(2, 2, sharex="col")
     for column, (start, steps) in enumerate(starts):
@@ -62,13 +63,17 @@ def curves(quality: Mapping[str, Any], path: Path) -> None:
         whole = next((row for row in rows if row["kind"] == "uncached"), None)
         if whole is None:
             continue
-        mean, error = spread(whole["frechet"])
+        mean, error = mean_and_error(whole["frechet"])
         top, bottom = grid[0][column], grid[1][column]
         top.axhspan(mean - error, mean + error, color="#dddddd")
         top.axhline(mean, color="#444444", linewidth=1, label=f"all {steps} steps")
         for kind, (colour, marker, label) in STYLES.items():
             points = sorted(
-                (row["evaluations"], *spread(row["frechet"]), *spread(row["distance"]))
+                (
+                    row["evaluations"],
+                    *mean_and_error(row["frechet"]),
+                    *mean_and_error(row["distance"]),
+                )
                 for row in rows
                 if row["kind"] == kind and row["order"] in (0, 1)
                 if kind != "step cache" or row["order"] == 1
@@ -79,7 +84,7 @@ def curves(quality: Mapping[str, Any], path: Path) -> None:
             style = {"color": colour, "marker": marker, "label": label}
             top.errorbar(count, frechet, yerr=error, capsize=2, **style)
             bottom.plot(count, distance, **style)
-        top.set_title(f"{start.upper() if start == 'ddim' else 'Euler'}, {steps} steps")
+        top.set_title(f"{NAMES[start]}, {steps} steps")
         top.set_ylabel("Fréchet distance")
         bottom.set_ylabel("distance to all steps")
         bottom.set_xlabel("evaluations of the network")
@@ -89,8 +94,3 @@ def curves(quality: Mapping[str, Any], path: Path) -> None:
             axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=100)
     print(f"wrote {path}")
-
-
-def spread(values: list[float]) -> tuple[float, float]:
-    """Mean and standard error."""
-    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5

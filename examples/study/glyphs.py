@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 SIDE = 16
-"""Pixels of an image's side."""
+"""Pixels of an image's side, unless another is asked for."""
 
 TRAIN_FONTS = (
     *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
@@ -36,10 +36,12 @@ _FINE = 4
 
 
 @lru_cache
-def load() -> Dataset:
-    """All images in [-1, 1], `[N, 16, 16, 1]`, and which character each shows."""
-    train_images, train_labels = _draw_all(TRAIN_FONTS, TRAIN_VARIANTS)
-    held_out_images, held_out_labels = _draw_all(HELD_OUT_FONTS, HELD_OUT_VARIANTS)
+def load(side: int = SIDE) -> Dataset:
+    """All images in [-1, 1], `[N, side, side, 1]`, and which character each shows."""
+    train_images, train_labels = _draw_all(TRAIN_FONTS, TRAIN_VARIANTS, side)
+    held_out_images, held_out_labels = _draw_all(
+        HELD_OUT_FONTS, HELD_OUT_VARIANTS, side
+    )
     digest = hashlib.sha256()
     for part in (train_images, train_labels, held_out_images, held_out_labels):
         digest.update(part.tobytes())
@@ -53,15 +55,15 @@ def load() -> Dataset:
     )
 
 
-def draw(font: str, character: str, variant: int) -> np.ndarray:
-    """One character, uint8 `[16, 16]`; size, place and slant vary with `variant`."""
+def draw(font: str, character: str, variant: int, side: int = SIDE) -> np.ndarray:
+    """One character, uint8 `[side, side]`; size, place and slant vary by `variant`."""
     seed = [CHARACTERS.index(character), variant, *font.encode()]
     rng = np.random.default_rng(seed)
-    size = round(_FINE * SIDE * rng.uniform(0.72, 0.9))
+    side = _FINE * side
+    size = round(side * rng.uniform(0.72, 0.9))
     angle, slant = rng.uniform(-0.12, 0.12, 2)
-    shift = rng.uniform(-0.06, 0.06, 2) * _FINE * SIDE
+    shift = rng.uniform(-0.06, 0.06, 2) * side
 
-    side = _FINE * SIDE
     canvas = Image.new("L", (side, side))
     place = (side / 2, 0.74 * side)
     ImageDraw.Draw(canvas).text(
@@ -81,12 +83,14 @@ def draw(font: str, character: str, variant: int) -> np.ndarray:
     return np.asarray(moved.reduce(_FINE))
 
 
-def _draw_all(fonts: tuple[str, ...], variants: int) -> tuple[np.ndarray, np.ndarray]:
+def _draw_all(
+    fonts: tuple[str, ...], variants: int, side: int
+) -> tuple[np.ndarray, np.ndarray]:
     pictures, labels = [], []
     for font in fonts:
         for label, character in enumerate(CHARACTERS):
             for variant in range(variants):
-                pictures.append(draw(font, character, variant))
+                pictures.append(draw(font, character, variant, side))
                 labels.append(label)
     images = np.stack(pictures)[..., None].astype(np.float32) / 127.5 - 1
     return images, np.array(labels, np.int32)

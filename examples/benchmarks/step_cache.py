@@ -23,7 +23,7 @@ prints the tables of what has been measured.
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -166,10 +166,10 @@ class Bench:
         """Of the images of a seed."""
         return jnp.arange(self.model.images) % self.config.num_classes
 
-    def cases(self, start: str, steps: int) -> Iterator[Case]:
+    def cases(self, start: str, steps: int) -> list[Case]:
         """Everything that is measured of one sampler."""
         variants = (start, steps) in self.model.variants
-        return cases(start, steps, self.ratios, variants)
+        return list(cases(start, steps, self.ratios, variants))
 
     def params(self, start: str) -> Any:
         """The weights for a sampler, trained if need be."""
@@ -250,12 +250,21 @@ class Bench:
         )
 
 
-def measure_quality(bench: Bench, start: str, steps: int) -> None:
+def measure_quality(bench: Bench, steps: Sequence[int]) -> None:
     """Fréchet distances and distances to the images without a step cache."""
-    for case in bench.cases(start, steps):
+    every = [
+        case
+        for start in bench.model.starts
+        for count in steps
+        for case in bench.cases(start, count)
+    ]
+    # One ratio of all samplers after the other, since that is a table's row.
+    order = dict.fromkeys((1.0, *bench.ratios, *RATIOS))
+    for case in sorted(every, key=lambda case: list(order).index(case.ratio)):
         if case.name in bench.results["quality"]:
             continue
-        uncached = [bench.images(Case(start, steps), seed) for seed in SEEDS]
+        whole = Case(case.start, case.steps)
+        uncached = [bench.images(whole, seed) for seed in SEEDS]
         drawn = [bench.images(case, seed) for seed in SEEDS]
         labels = np.asarray(bench.labels)
         bench.results["quality"][case.name] = {
@@ -341,13 +350,11 @@ def main() -> None:
     arguments.add_argument("--ratios", nargs="*", type=float, default=RATIOS)
     given = arguments.parse_args()
     bench = Bench(given)
-    for start in bench.model.starts:
-        for steps in given.steps:
-            if given.only in (None, "quality"):
-                measure_quality(bench, start, steps)
-            if given.only in (None, "latency") and (
-                (start, steps) in bench.model.detailed
-            ):
+    if given.only in (None, "quality"):
+        measure_quality(bench, given.steps)
+    if given.only in (None, "latency"):
+        for start, steps in bench.model.detailed:
+            if steps in given.steps:
                 measure_latency(bench, start, steps, given.rounds)
     if given.only in (None, "pictures"):
         draw(bench)

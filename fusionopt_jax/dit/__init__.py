@@ -33,9 +33,10 @@ from fusionopt_jax.dit.objectives import diffusion_loss, rectified_flow_loss
 from fusionopt_jax.dit.sampling.calibrate import calibrate
 from fusionopt_jax.dit.sampling.guidance import apply_with_guidance
 from fusionopt_jax.dit.sampling.loop import Samples, run_sampler
+from fusionopt_jax.dit.sampling.remembering import Remembering
 from fusionopt_jax.dit.sampling.sample import sample
 from fusionopt_jax.dit.sampling.sampler import Sampler
-from fusionopt_jax.dit.sampling.step_cache import Remembering, StepCache
+from fusionopt_jax.dit.sampling.step_cache import StepCache
 from fusionopt_jax.dit.weights.diffusers import from_diffusers, to_diffusers
 from fusionopt_jax.dit.weights.pytorch import from_pytorch, to_pytorch
 

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from fusionopt_jax import _checks
 from fusionopt_jax._types import Params
 from fusionopt_jax.dit.config import DiTConfig
-from fusionopt_jax.dit.network.model import apply, check_labels
+from fusionopt_jax.dit.network.embeddings import check_labels
+from fusionopt_jax.dit.network.model import apply
 from fusionopt_jax.dit.sampling import ddpm, schedules
 from fusionopt_jax.dit.sampling.flow import FLOW_TIME_SCALE
 

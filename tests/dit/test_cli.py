@@ -149,7 +149,7 @@ def test_inspect_knows_the_published_sizes(capsys):
         (["sample", "--labels", "9" * 10, "--out", "a.npy"], "no number of a class"),
         (["sample", "--labels", "3", "--out", "a.npy", "--columns", "2"], "1 images"),
         (["sample", "--labels", "3", "--out", "a.npy", "--columns", "0"], "--columns"),
-        (["sample", "--labels", "3", "--out", "a.npy", "--steps", "x"], "respacing"),
+        (["sample", "--labels", "3", "--out", "a.npy", "--steps", "x"], "--steps"),
         (
             ["sample", "--labels", "3", "--out", "a.npy", "--sampler", "dpm",
              "--steps", "ddim5"],

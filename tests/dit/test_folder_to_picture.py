@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -154,6 +155,36 @@ def test_a_transformer_alone_is_decoded_by_what_is_given(
     sampled(*base, "--decoder", pipeline / "vae")
     assert f"decoder: {pipeline / 'vae'}, asked for" in capsys.readouterr().out
     np.testing.assert_allclose(np.load(path), pictures, atol=1e-4)
+
+
+def test_pictures_are_decoded_in_tiles_and_in_half_precision(
+    pipeline, latents, tmp_path
+):
+    path = tmp_path / "images.npy"
+    base = ("--weights", pipeline, "--labels", "7,3", "--out", path)
+    # Without a cache it runs the program that made the latents.
+    sampled(*base, "--no-cache", "--tile", 2, "--decoder-dtype", "bf16")
+    decoder, config = dit.latents.from_diffusers(pipeline)
+
+    def decoded(**how):
+        rows = [
+            dit.latents.decode(decoder, config, row[None], **how) for row in latents
+        ]
+        return np.concatenate(rows)
+
+    np.testing.assert_array_equal(np.load(path), decoded(tile=2, dtype=jnp.bfloat16))
+    for other in ({"tile": 2}, {"dtype": jnp.bfloat16}):
+        assert (decoded(**other) != np.load(path)).any()
+
+
+def test_labels_are_compared_with_the_config_before_the_weights_are_read(
+    tmp_path, monkeypatch, capsys
+):
+    folder = _folders.write_pipeline(tmp_path / "pipeline")
+    cut(folder, "transformer")
+    base = ("--weights", folder, "--out", tmp_path / "a.png")
+    words = ("must lie in [0, 10] for num_classes=10",)
+    refused(monkeypatch, capsys, words, *base, "--labels", "11")
 
 
 def test_without_a_decoder_it_shows_latents_and_says_so(pipeline, tmp_path, capsys):
@@ -337,6 +368,12 @@ def test_a_folder_that_can_not_be_used_is_an_error_of_one_line(
         (("--cfg", "1", "--cfg-channels", "3"), ("--cfg-channels", "leave it out")),
         (("--steps", "4", "--step-cache", "5"), ("--step-cache", "the 4 steps")),
         (("--steps", "2", "--step-cache", "2"), ("no effect on 2 steps",)),
+        (("--steps", "0"), ("`--steps` must look like '250'",)),
+        (("--steps", "2000"), ("`--steps` '2000' asks for",)),
+        (("--eta", "2"), ("`--eta` must lie in",)),
+        (("--tile", "5"), ("`--tile` must lie between 1 and 4",)),
+        (("--tile", "2", "--no-decoder"), ("`--tile` has no effect without",)),
+        (("--decoder-dtype", "bf16", "--no-decoder"), ("`--decoder-dtype` has no",)),
     ],
     ids=lambda value: " ".join(value),
 )

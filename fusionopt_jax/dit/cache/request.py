@@ -7,7 +7,7 @@ from jax.core import Tracer
 from jaxtyping import Float, Int
 
 from fusionopt_jax.dit.config import DiTConfig
-from fusionopt_jax.dit.network.model import check_labels
+from fusionopt_jax.dit.network.embeddings import check_labels
 
 
 def schedule_times(

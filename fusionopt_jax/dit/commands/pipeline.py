@@ -73,6 +73,28 @@ def label_names(source: pathlib.Path) -> LabelNames:
     return LabelNames({int(key): name for key, name in table.items()})
 
 
+def class_count(source: pathlib.Path) -> int | None:
+    """How many classes a model has, as the `config.json` beside its weights says.
+
+    Args:
+        source: A file of weights, or the folder of a pipeline or of its transformer.
+
+    Returns:
+        The number, without the null label; None of a file, and where it is not said.
+
+    Raises:
+        ValueError: If the file is no JSON.
+
+    Example:
+        >>> class_count(pathlib.Path("model.pt"))
+    """
+    for path in (source / "transformer" / CONFIG_NAME, source / CONFIG_NAME):
+        if path.is_file():
+            count = read_json(path).get("num_embeds_ada_norm")
+            return count if type(count) is int else None
+    return None
+
+
 def class_name(source: pathlib.Path) -> str | None:
     """The model that a part's folder is of, as its `config.json` has it.
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -18,9 +17,18 @@ from fusionopt_jax.dit.cache.build import build_cache, strip_modulators
 from fusionopt_jax.dit.cache.dit import TimeConditioningCache
 from fusionopt_jax.dit.cache.request import distinct_labels
 from fusionopt_jax.dit.cache.size import cache_bytes, modulator_bytes, size_text
-from fusionopt_jax.dit.commands.decoder import Decoder, add_decoder, read_decoder
+from fusionopt_jax.dit.commands.decoder import (
+    DTYPES,
+    Decoder,
+    add_decoder,
+    read_decoder,
+)
 from fusionopt_jax.dit.commands.labels import read_labels
-from fusionopt_jax.dit.commands.pipeline import check_scheduler, label_names
+from fusionopt_jax.dit.commands.pipeline import (
+    check_scheduler,
+    class_count,
+    label_names,
+)
 from fusionopt_jax.dit.commands.progress import progress_bar
 from fusionopt_jax.dit.commands.weights import (
     KINDS,
@@ -29,7 +37,7 @@ from fusionopt_jax.dit.commands.weights import (
     read_model,
 )
 from fusionopt_jax.dit.config import DiTConfig
-from fusionopt_jax.dit.network.model import check_labels
+from fusionopt_jax.dit.network.embeddings import check_labels
 from fusionopt_jax.dit.pictures import check_target, save_images
 from fusionopt_jax.dit.sampling import METHODS, Sampler
 from fusionopt_jax.dit.sampling.flow import Convention
@@ -37,8 +45,6 @@ from fusionopt_jax.dit.sampling.sample import sample
 from fusionopt_jax.dit.sampling.step_cache import StepCache
 
 _METHODS = tuple(method.method for method in METHODS)
-
-_DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -118,7 +124,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "others: an approximation",
         metavar="N",
     )
-    add("--dtype", choices=tuple(_DTYPES), default="fp32", help="type of the products")
+    add("--dtype", choices=tuple(DTYPES), default="fp32", help="type of the products")
     add(
         "--cache",
         action=argparse.BooleanOptionalAction,
@@ -186,7 +192,7 @@ class Request:
                 cfg_channels=options.cfg_channels,
                 step_cache=self.step_cache,
                 key=step_key,
-                dtype=_DTYPES[options.dtype],
+                dtype=DTYPES[options.dtype],
                 progress=progress,
                 donate=True,
             )
@@ -226,6 +232,9 @@ def prepare(options: argparse.Namespace) -> Callable[[], object]:
     check_target(options.out)
     names = label_names(options.weights)
     labels = read_labels(options.labels, names.by_label, names.absence)
+    classes = class_count(options.weights)
+    if classes is not None:
+        check_labels(DiTConfig(num_classes=classes), labels)
     columns = len(labels) if options.columns is None else options.columns
     images = len(labels) * options.count
     if not 1 <= columns <= images:
@@ -365,4 +374,11 @@ def _sampler(
             f"`--steps` must be a whole number for {make.method}, got "
             f"{options.steps!r}."
         )
-    return make(**settings)
+    try:
+        return make(**settings)
+    except ValueError as error:
+        # Under the names of the options.
+        text = str(error).replace("`respacing`", "`--steps`")
+        for name in settings:
+            text = text.replace(f"`{name}`", f"`--{name}`")
+        raise ValueError(text) from error

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -129,3 +130,22 @@ def embed_labels(params: Params, labels: Int[Array, "n"]) -> Float[Array, "n d"]
     # Negative labels would wrap around to real classes, so send them out of range too.
     labels = jnp.where(labels < 0, table.shape[0], labels)
     return jnp.take(table, labels, axis=0, mode="fill")
+
+
+def check_labels(config: DiTConfig, labels: Array | np.ndarray) -> None:
+    """Require integer labels that the model knows; traced values pass unseen."""
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"`labels` must be integers, got {labels.dtype}.")
+    if isinstance(labels, Tracer):
+        return
+    values = np.asarray(labels)
+    wrong = np.unique(values[(values < 0) | (values >= config.num_labels)])
+    if wrong.size:
+        shown = ", ".join(str(value) for value in wrong[:5])
+        null = (
+            f"; {config.null_label} is the null label" if config.has_null_label else ""
+        )
+        raise ValueError(
+            f"`labels` must lie in [0, {config.num_labels - 1}] for "
+            f"num_classes={config.num_classes}{null}; got {shown}."
+        )

@@ -17,8 +17,9 @@ from fusionopt_jax.dit.network.modulation import CachedModulation
 from fusionopt_jax.dit.network.residuals import Plan
 from fusionopt_jax.dit.sampling.flow import FLOW_TIME_SCALE
 from fusionopt_jax.dit.sampling.guidance import Guidance, guide, paired
+from fusionopt_jax.dit.sampling.remembering import Remembering
 from fusionopt_jax.dit.sampling.sampler import Sampler
-from fusionopt_jax.dit.sampling.step_cache import Remembering, StepCache
+from fusionopt_jax.dit.sampling.step_cache import StepCache
 
 
 def cached_tables(cache: TimeConditioningCache | None, sampler: Sampler) -> Any:

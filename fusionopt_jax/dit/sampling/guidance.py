@@ -63,6 +63,38 @@ class Guidance:
         object.__setattr__(self, "interval", (float(low), float(high)))
 
 
+def asked_guidance(
+    cfg_scale: Any, channels: GuidedChannels, interval: tuple[float, float] | None
+) -> Guidance | None:
+    """What a request asks to be guided; None for a scale of 1, which is no guidance.
+
+    Args:
+        cfg_scale: A number, or an array, whose values are not looked at.
+        channels: As in `Guidance`.
+        interval: As in `Guidance`.
+
+    Returns:
+        The guidance, or None.
+
+    Raises:
+        ValueError: If a setting is out of range, or has no effect.
+
+    Example:
+        >>> asked_guidance(1.0, None, None), asked_guidance(4.0, 3, None).channels
+        (None, 3)
+    """
+    guidance = Guidance(channels, interval)
+    if not (isinstance(cfg_scale, int | float) and cfg_scale == 1.0):
+        return guidance
+    for name, value in (("cfg_channels", channels), ("guidance_interval", interval)):
+        if value is not None:
+            raise ValueError(
+                f"`{name}` has no effect with cfg_scale=1, which is no guidance; leave "
+                "it out, or give another scale."
+            )
+    return None
+
+
 def paired(labels: Int[Array, " batch"], null_label: int) -> Int[Array, " pairs"]:
     """Each label with the null label beside it.
 

@@ -15,13 +15,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from fusionopt_jax import _checks
 from fusionopt_jax._paths import named_leaves
 from fusionopt_jax.dit.network.residuals import EXACT, Plan
+from fusionopt_jax.dit.sampling.remembering import Remembering, remembering
 from fusionopt_jax.dit.sampling.sampler import At, Prediction, Sampler
-from fusionopt_jax.dit.sampling.step_cache import (
-    Plans,
-    Remembering,
-    StepCache,
-    remembering,
-)
+from fusionopt_jax.dit.sampling.step_cache import Plans, StepCache
 
 
 class Samples(NamedTuple):

@@ -12,8 +12,8 @@ from jax.experimental import io_callback
 from jaxtyping import Array
 
 from fusionopt_jax.dit.network.residuals import Plan, Recall
+from fusionopt_jax.dit.sampling.remembering import Remembering
 from fusionopt_jax.dit.sampling.sampler import Sampler
-from fusionopt_jax.dit.sampling.step_cache import Remembering
 
 NUMBERS = 2**16
 """Most numbers that are kept of the residual of one step; of larger ones as many are
@@ -31,7 +31,7 @@ class Recorder:
     Example:
         >>> import jax.numpy as jnp
         >>> from fusionopt_jax import dit
-        >>> from fusionopt_jax.dit.sampling.step_cache import remembering
+        >>> from fusionopt_jax.dit.sampling.remembering import remembering
         >>> recorder = Recorder(dit.Sampler.euler(steps=2), branches=False)
         >>> network = remembering(lambda image, time, condition: image * time / 1000)
         >>> samples = dit.run_sampler(

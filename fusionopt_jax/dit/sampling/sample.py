@@ -22,9 +22,13 @@ from fusionopt_jax import _checks
 from fusionopt_jax._types import Params
 from fusionopt_jax.dit.cache.dit import TimeConditioningCache
 from fusionopt_jax.dit.config import DiTConfig
-from fusionopt_jax.dit.network.model import check_labels
+from fusionopt_jax.dit.network.embeddings import check_labels
 from fusionopt_jax.dit.sampling.denoiser import cached_tables, check_interval, denoiser
-from fusionopt_jax.dit.sampling.guidance import Guidance, GuidedChannels
+from fusionopt_jax.dit.sampling.guidance import (
+    Guidance,
+    GuidedChannels,
+    asked_guidance,
+)
 from fusionopt_jax.dit.sampling.loop import Samples, run_sampler
 from fusionopt_jax.dit.sampling.sampler import Sampler
 from fusionopt_jax.dit.sampling.step_cache import Plans, StepCache
@@ -120,7 +124,8 @@ def sample(
         labels: [batch] of integers in [0, num_classes]; num_classes is the null label.
         sampler: The walk; see `Sampler`.
         cfg_scale: 1 samples without guidance, at half the cost. Larger is more typical
-            and less varied. A scalar, or one per image.
+            and less varied. A scalar, or one per image; an array is guided whatever its
+            values.
         cfg_channels: None guides every channel; 3 only the first three, as the
             published code does, whose scale of 1.5 is about 1.375 on all four.
         guidance_interval: Guide only where the model time over 1000 lies in this closed
@@ -147,12 +152,13 @@ def sample(
     Raises:
         StaleCacheError: If the cache was built for other weights, times or labels, or
             without the null label that guidance needs, or if the step cache was chosen
-            for other weights or another sampler. Inside your own `jax.jit`, with
+            for another model or another sampler. Inside your own `jax.jit`, with
             weights or cache as its arguments, values can't be an error: the program
             compares them, and the images are NaN if the cache does not fit.
         ValueError: If a shape, a label or a setting does not fit, if the sampler needs
             a `key` and has none, or a learned variance that the model does not predict,
-            or if the step cache is for another number of steps.
+            if the step cache is for another number of steps, or if settings of the
+            guidance are given without guidance.
 
     Example:
         >>> from fusionopt_jax import dit
@@ -174,15 +180,14 @@ def sample(
     noise = jnp.asarray(noise, jnp.float32)
     labels = jnp.asarray(labels)
     check_variance(config, sampler)
-    guidance = Guidance(cfg_channels, guidance_interval)
     check_request(config, noise, labels, cfg_scale)
-    guided = not (isinstance(cfg_scale, int | float) and cfg_scale == 1.0)
+    guidance = asked_guidance(cfg_scale, cfg_channels, guidance_interval)
     if cache is not None:
         wanted = labels
-        if guided and not isinstance(labels, Tracer):
+        if guidance is not None and not isinstance(labels, Tracer):
             wanted = np.append(np.asarray(labels), config.null_label)
         cache = cache.checked(params, config, times=sampler.host_times(), labels=wanted)
-    plans = planned(step_cache, params, config, sampler, guidance if guided else None)
+    plans = planned(step_cache, params, config, sampler, guidance)
     ticket = next(_tickets)
     if progress is not None:
         _listeners[ticket] = (progress, sampler.steps)
@@ -201,7 +206,7 @@ def sample(
             plans,
             config=config,
             sampler=sampler,
-            guidance=guidance if guided else None,
+            guidance=guidance,
             dtype=jnp.dtype(dtype),
             unroll=unroll,
             reports=progress is not None,
@@ -329,7 +334,7 @@ def planned(
         Its plans; None if it skips nothing.
 
     Raises:
-        StaleCacheError: If it was chosen for other weights or another sampler.
+        StaleCacheError: If it was chosen for another model or another sampler.
         ValueError: If it is for another number of steps or blocks, or recalls residuals
             of the null label where there are none.
 
@@ -341,7 +346,7 @@ def planned(
     """
     if step_cache is None:
         return None
-    step_cache.check(sampler, params)
+    step_cache.check(sampler, params, config)
     step_cache.check_depth(config.depth)
     check_interval(step_cache, sampler, guidance)
     return step_cache.plan(sampler)

@@ -15,17 +15,17 @@ Source:
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import jax
 import numpy as np
-from jaxtyping import Array
 
 from fusionopt_jax import _checks
 from fusionopt_jax._types import Params
 from fusionopt_jax.dit.cache.fingerprint import WeightDigests, weight_digests
 from fusionopt_jax.dit.cache.table import StaleCacheError
+from fusionopt_jax.dit.config import DiTConfig
 from fusionopt_jax.dit.network.model import as_dict
 from fusionopt_jax.dit.network.residuals import Plan, Recall
 from fusionopt_jax.dit.sampling.extrapolation import extrapolation, source_steps
@@ -57,7 +57,7 @@ class StepCache:
     Where a branch is skipped, what is extrapolated is its output before the gate.
 
     It is frozen and hashable. Nothing in it needs to be known of the weights; what
-    `calibrate` returns knows them, and is refused with others.
+    `calibrate` returns knows them and their config, and is refused with others.
 
     Attributes:
         mask: [steps] booleans, True where the step computes.
@@ -69,6 +69,8 @@ class StepCache:
             computed, the more it magnifies what does not lie on its polynomial.
         fingerprint: Digests of the weights that the mask was chosen for; None for any.
         sampler: The sampler that it was chosen for; None for any of as many steps.
+        config: The config of the model that it was chosen for; None for any. The same
+            weights are another model under another `num_heads` or `time_scale`.
 
     Raises:
         TypeError: If a mask has other values than booleans, or `order` is no integer.
@@ -93,6 +95,7 @@ class StepCache:
     order: int = 0
     fingerprint: WeightDigests | None = None
     sampler: Sampler | None = None
+    config: DiTConfig | None = None
 
     def __post_init__(self) -> None:
         """Check the masks and turn them into tuples."""
@@ -196,16 +199,23 @@ class StepCache:
             )
         )
 
-    def check(self, sampler: Sampler, params: Params | None = None) -> None:
-        """Refuse a sampler or weights other than those that the masks are for.
+    def check(
+        self,
+        sampler: Sampler,
+        params: Params | None = None,
+        config: DiTConfig | None = None,
+    ) -> None:
+        """Refuse a sampler or a model other than those that the masks are for.
 
         Args:
             sampler: The sampler in use.
             params: The DiT's parameters in use, full or stripped; None does not compare
                 them. They are not compared either if a `jax.jit` traces them.
+            config: Its config in use; None does not compare it.
 
         Raises:
-            StaleCacheError: If it was chosen for another sampler or other weights.
+            StaleCacheError: If it was chosen for another sampler, another config or
+                other weights.
             ValueError: If it is for another number of steps.
 
         Example:
@@ -216,6 +226,17 @@ class StepCache:
         if self.sampler is not None and self.sampler != sampler:
             raise StaleCacheError(
                 f"the step cache was chosen for {self.sampler}, not for {sampler}; "
+                f"calibrate it again, or {_UNPIN}."
+            )
+        if None not in (self.config, config) and self.config != config:
+            names = [
+                f"{field.name} ({getattr(self.config, field.name)} there, "
+                f"{getattr(config, field.name)} in use)"
+                for field in dataclasses.fields(DiTConfig)
+                if getattr(self.config, field.name) != getattr(config, field.name)
+            ]
+            raise StaleCacheError(
+                f"the step cache was chosen for another config: {', '.join(names)}; "
                 f"calibrate it again, or {_UNPIN}."
             )
         if self.fingerprint is None or params is None:
@@ -294,74 +315,8 @@ class StepCache:
 
 _UNPIN = (
     "take its masks for these all the same with dataclasses.replace(step_cache, "
-    "fingerprint=None, sampler=None)"
+    "fingerprint=None, sampler=None, config=None)"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Remembering:
-    """A network with inner residuals that a step cache can recall.
-
-    Attributes:
-        denoise: Called as `denoise(image, time, condition, plan, kept)`; returns the
-            prediction, and what is to be handed on as `kept`. It asks `plan.network`,
-            `plan.attention` and `plan.mlp`, as far as it has such residuals, for each
-            of them: `residual, kept = plan.network(branch, kept, *operands)`. Before
-            the first step `kept` is None, and where nothing is skipped it stays so.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from fusionopt_jax import dit
-        >>> def denoise(image, time, condition, plan, kept):
-        ...     tokens = 2.0 * image
-        ...     residual, kept = plan.network(jnp.sin, kept, tokens)
-        ...     return (tokens + residual) * time / 1000, kept
-        >>> samples = dit.run_sampler(
-        ...     dit.Sampler.euler(4),
-        ...     dit.Remembering(denoise),
-        ...     jnp.ones((1, 2, 2, 3)),
-        ...     step_cache=dit.StepCache(mask=[True, False, True, False]),
-        ... )
-        >>> samples.images.shape
-        (1, 2, 2, 3)
-    """
-
-    denoise: Callable[[Array, Array, Any, Plan, Any], tuple[Array, Any]]
-
-
-def remembering(denoise: Remembering | Callable[..., Array]) -> Remembering:
-    """Any network as one that remembers: of a plain one, the whole prediction.
-
-    Args:
-        denoise: A `Remembering`, or a function as `run_sampler` takes it, whose
-            prediction is then the residual that `plan.network` recalls.
-
-    Returns:
-        A `Remembering`.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from fusionopt_jax.dit.network.residuals import EXACT
-        >>> network = remembering(lambda image, time, condition: image * time)
-        >>> network.denoise(jnp.array(2.0), jnp.array(3.0), None, EXACT, None)
-        (Array(6., dtype=float32, weak_type=True), None)
-    """
-    if isinstance(denoise, Remembering):
-        return denoise
-
-    def whole(
-        image: Array, time: Array, condition: Any, plan: Plan, kept: Any
-    ) -> tuple[Array, Any]:
-        """The prediction itself is what is kept."""
-        if (plan.attention.compute, plan.mlp.compute) != (None, None):
-            raise ValueError(
-                "the step cache has `attention` or `mlp`, but this network shows no "
-                "such branches: give StepCache(mask=...), or wrap a function that asks "
-                "the plan for them in dit.Remembering."
-            )
-        return plan.network(lambda image: denoise(image, time, condition), kept, image)
-
-    return Remembering(whole)
 
 
 @functools.lru_cache(maxsize=64)

@@ -112,6 +112,7 @@ def from_diffusers(
     Raises:
         FileNotFoundError: If a folder or a file of it is missing.
         ImportError: If safetensors is needed and missing.
+        TypeError: If `config` is no dict; a `DiTConfig` is not what `config.json` says.
         ValueError: If anything is damaged, unfinished or no weight file; if it is of
             another family of models, or has the names of the published PyTorch code; if
             `config.json` lacks a size or asks for what a DiT has not; if entries are
@@ -133,6 +134,11 @@ def from_diffusers(
     Source: names, layouts and defaults of `DiTTransformer2DModel` of diffusers 0.42.
     """
     check_choice("frequency_shift", frequency_shift, (0, 1))
+    if not isinstance(config, Mapping | None):
+        raise TypeError(
+            f"`config` must be what {CONFIG_NAME} says, as a dict, got a "
+            f"{type(config).__name__}; `to_diffusers` writes one for a DiTConfig."
+        )
     is_path = isinstance(source, str | os.PathLike)
     if is_path and not pathlib.Path(source).is_file():
         if config is not None:

@@ -30,7 +30,7 @@ _TIME_SCALES: dict[Kind, float] = {"dit": 1.0, "sit": 1e-3, "repa": 1e-3}
 
 
 def from_pytorch(
-    state_dict: Mapping[str, Any] | str | os.PathLike[str],
+    source: Mapping[str, Any] | str | os.PathLike[str],
     num_heads: int | None = None,
     *,
     kind: Kind = "dit",
@@ -46,9 +46,9 @@ def from_pytorch(
     Arrays are read one at a time, once all names and shapes have been checked.
 
     Args:
-        state_dict: A dict from names to arrays (NumPy, JAX or PyTorch), or a file:
-            `.pt`, `.pth`, `.ckpt` or `.bin` (what `torch.save` writes), `.safetensors`
-            (needs safetensors), or `.npz`.
+        source: A dict from names to arrays (NumPy, JAX or PyTorch), or a file: `.pt`,
+            `.pth`, `.ckpt` or `.bin` (what `torch.save` writes), `.safetensors` (needs
+            safetensors), or `.npz`.
         num_heads: Attention heads. None takes those of the published model of this
             width; other widths must say, since the weights do not show it.
         kind: The code that the weights were trained with, which they do not show
@@ -106,7 +106,7 @@ def from_pytorch(
             f"`time_scale` of a model of kind {kind!r} is {_TIME_SCALES[kind]}, not "
             f"{time_scale}; leave it out."
         )
-    weights = read_weights(state_dict, entry)
+    weights = read_weights(source, entry)
     weights = weights.renamed(
         {name.removeprefix("module."): [name] for name in weights}
     )

@@ -158,7 +158,7 @@ def test_a_step_cache_becomes_part_of_the_file(loaded, tmp_path):
     skipping = dit.load_sampler(path)
     # It samples with the masks; what they were chosen for was compared before.
     assert skipping.step_cache == dataclasses.replace(
-        step_cache, fingerprint=None, sampler=None
+        step_cache, fingerprint=None, sampler=None, config=None
     )
     noise = jax.random.normal(jax.random.key(2), (2, 4, 4, 4))
     request = (params, CONFIG, cache, noise, LABELS, sampler, 4.0)

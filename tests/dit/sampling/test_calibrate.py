@@ -1,5 +1,6 @@
 """The choice of steps: against every mask there is, and along closed-form walks."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -241,6 +242,9 @@ def test_other_weights_and_samplers_are_refused(params, noise):
     other = jax.tree.map(lambda leaf: leaf + 1e-3, params)
     with pytest.raises(dit.StaleCacheError, match="other weights"):
         dit.sample(other, CONFIG, None, noise, [3, 7], SAMPLER, step_cache=chosen)
+    scaled = dataclasses.replace(CONFIG, time_scale=0.001)
+    with pytest.raises(dit.StaleCacheError, match="config: time_scale"):
+        dit.sample(params, scaled, None, noise, [3, 7], SAMPLER, step_cache=chosen)
     shifted = dit.Sampler.euler(steps=STEPS, shift=2.0)
     with pytest.raises(dit.StaleCacheError, match="chosen for"):
         dit.sample(params, CONFIG, None, noise, [3, 7], shifted, step_cache=chosen)

@@ -235,6 +235,24 @@ def test_guidance_of_scale_one_is_none():
     assert_within(mixed[1::2], strong[1::2], 1e-5, "scale 3")
 
 
+@pytest.mark.parametrize(
+    "settings", [{"cfg_channels": 3}, {"guidance_interval": (0.2, 0.8)}]
+)
+@pytest.mark.parametrize("scale", [1, 1.0])
+def test_settings_of_guidance_without_guidance_are_refused(settings, scale):
+    request = (weights(), CONFIG)
+    sampler, (name,) = SAMPLERS["euler"], settings
+    match = f"`{name}` has no effect with cfg_scale=1"
+    with pytest.raises(ValueError, match=match):
+        dit.sample(
+            *request, None, noise_for(LABELS), LABELS, sampler, scale, **settings
+        )
+    with pytest.raises(ValueError, match=match):
+        dit.calibrate(
+            *request, sampler, LABELS, fraction=0.5, cfg_scale=scale, **settings
+        )
+
+
 def test_three_guided_channels_leave_the_fourth_to_the_label():
     sampler = dit.Sampler.euler(1)
     run = functools.partial(dit.sample, weights(), CONFIG, None, noise_for(LABELS))

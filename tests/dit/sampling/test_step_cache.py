@@ -472,7 +472,9 @@ def test_a_sampler_that_evaluates_otherwise_says_so():
 def pinned(step_cache=WHOLE, sampler=SAMPLER):
     """A step cache that knows what it was chosen for."""
     digests = weight_digests(weights())
-    return dataclasses.replace(step_cache, fingerprint=digests, sampler=sampler)
+    return dataclasses.replace(
+        step_cache, fingerprint=digests, sampler=sampler, config=CONFIG
+    )
 
 
 def test_other_weights_or_samplers_are_refused():
@@ -490,9 +492,17 @@ def test_other_weights_or_samplers_are_refused():
         dit.sample(params, *request, shifted, step_cache=step_cache)
     with pytest.raises(ValueError, match="for 6 steps, but the sampler has 5"):
         dit.sample(params, *request, dit.Sampler.euler(5), step_cache=WHOLE)
-    free = dataclasses.replace(step_cache, fingerprint=None, sampler=None)
+    # The same weights are another model under another config.
+    for name, value in (("time_scale", 0.001), ("num_heads", 4)):
+        config = dataclasses.replace(CONFIG, **{name: value})
+        with pytest.raises(dit.StaleCacheError, match=rf"config: {name} \("):
+            dit.sample(
+                *(params, config, None, noise(), LABELS, SAMPLER),
+                step_cache=step_cache,
+            )
+    free = dataclasses.replace(step_cache, fingerprint=None, sampler=None, config=None)
     assert free == WHOLE
-    free.check(shifted, other)
+    free.check(shifted, other, dataclasses.replace(CONFIG, time_scale=0.001))
 
 
 def test_what_was_planned_for_another_sampler_is_refused():

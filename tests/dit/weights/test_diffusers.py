@@ -185,7 +185,9 @@ class TestFiles:
         kernel = params["blocks"]["attn"]["qkv"]["kernel"][1]
         np.testing.assert_array_equal(kernel[:, 32:64], expected.T)
 
-    def test_a_config_of_sizes_is_not_that_of_diffusers(self, recording, shifted):
+    def test_a_config_of_sizes_is_not_that_of_diffusers(
+        self, recording, shifted, unchecked_types
+    ):
         with pytest.raises(TypeError, match="dict, got a DiTConfig; `to_diffusers`"):
             dit.from_diffusers(recording.weights, config=shifted[1])
 

@@ -1,20 +1,29 @@
 """Which runs are wanted next, given those that have finished.
 
-Every method is tuned by the same budget on seed 0: five learning rates, each twice the
-one before; further ones while the best lies at the edge, four at most; then two other
-decays at the best rate. The best setting runs with the seeds from 1 on, which are the
-ones that count: what was chosen on a seed flatters it there.
+Every method is tuned on seed 0 by the same climb: twice the learning rate that it
+starts at, and on upwards while that gets better; if the first was no better, downwards
+likewise. So the chosen rate has a worse one on either side. Then the decay climbs in
+the same way. A row that changes one thing of another starts at that one's rate and
+keeps its decay. The chosen setting runs with the seeds from 1 on, which are the ones
+that count: what was chosen on a seed flatters it there.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from study import workloads
 from study.records import Job, Record
-from study.table import METHODS, Method
+from study.table import METHODS, PARTS, Method
 
-RATES = 5
-EXTENSIONS = 4
-"""Further rates at most, where the best lies at the edge."""
+REACH = 6
+"""How often at most a rate is doubled or halved."""
+
+FIRST_SEEDS = 3
+"""Seeds that every row of a part gets before one of them gets more."""
+
+FIRST = ("lm", "digits")
+"""Workloads on which the parts after the baselines begin."""
 
 
 class Tuned(NamedTuple):
@@ -28,8 +37,8 @@ class Wanted(NamedTuple):
     """What a row still needs on a workload.
 
     Attributes:
-        jobs: runs that can start now, in order.
-        least: how many are missing in all, if no more rates are needed.
+        jobs: runs that can start now, in order; those that tune `base` come first.
+        least: how many of its own are missing at least; a climb may go further.
         tuned: the chosen setting, once it is known.
         seeds: the seeds that count.
     """
@@ -42,7 +51,7 @@ class Wanted(NamedTuple):
 
 def seeds_of(method: Method, given: Sequence[int] | None = None) -> tuple[int, ...]:
     """The seeds that count for a row."""
-    return tuple(given) if given else tuple(range(1, method.seeds + 1))
+    return tuple(range(1, method.seeds + 1)) if given is None else tuple(given)
 
 
 def wanted(
@@ -63,76 +72,116 @@ def wanted(
     """
     counted = seeds_of(method, seeds)
     length = round(method.stretch * steps)
+    decays = method.decays
 
     def job(rate: float, decay: float, seed: int) -> Job:
         return Job(workload, method.name, rate, decay, seed, length)
 
-    def missing(jobs: list[Job]) -> list[Job]:
-        return [job for job in jobs if job not in finished]
+    def loss(rate: float, decay: float) -> float | None:
+        found = finished.get(job(rate, decay, 0))
+        return None if found is None else found.final
 
-    first, *others = method.decays
-    if method.rate_of:
-        base = wanted(workload, steps, METHODS[method.rate_of], finished)
-        if base.tuned is None:
-            tries = len(method.decays) if others else 0
-            return Wanted([], tries + len(counted), None, counted)
-        rate = base.tuned.rate
-    else:
-        rates = _grid(method)
-        while not missing([job(rate, first, 0) for rate in rates]):
-            rate = min(rates, key=lambda rate: finished[job(rate, first, 0)].final)
-            further = _beyond(rates, rate)
-            if further is None:
-                break
-            rates.append(further)
-        else:
-            left = missing([job(rate, first, 0) for rate in rates])
-            return Wanted(left, len(left) + len(others) + len(counted), None, counted)
+    def waiting(rate: float, decay: float, least: int) -> Wanted:
+        return Wanted([job(rate, decay, 0)], least + len(counted), None, counted)
 
-    decay = first
-    if others:
-        left = missing([job(rate, decay, 0) for decay in method.decays])
-        if left:
-            return Wanted(left, len(left) + len(counted), None, counted)
-        decay = min(
-            method.decays, key=lambda decay: finished[job(rate, decay, 0)].final
-        )
-    left = missing([job(rate, decay, seed) for seed in counted])
+    start = Tuned(method.centre, decays[0] if decays else math.nan)
+    larger = workload in workloads.SIZES
+    # A larger model starts where the same method is best on the smallest.
+    base = METHODS[method.name if larger else method.base or method.name]
+    if larger or method.base:
+        where = "lm" if larger else workload
+        before = wanted(where, steps, base, finished, ())
+        found = before.tuned
+        if found is None:
+            tries = 3 * method.climbs + max(len(decays) - 1, 0)
+            return Wanted(before.jobs, tries + len(counted), None, counted)
+        keeps = larger or not decays
+        start = Tuned(found.rate, found.decay if keeps else decays[0])
+        decays = () if keeps else decays
+
+    rate, decay = start
+    if method.climbs:
+        ladder = [_rounded(rate * 2.0**step) for step in range(-REACH, REACH + 1)]
+        climb = _climb(ladder, rate, lambda rate: loss(rate, decay))
+        if climb.missing is not None:
+            return waiting(climb.missing, decay, climb.least + min(len(decays), 2))
+        rate = climb.best
+    if len(decays) > 1:
+        climb = _climb(sorted(decays), decay, lambda decay: loss(rate, decay))
+        if climb.missing is not None:
+            return waiting(rate, climb.missing, climb.least)
+        decay = climb.best
+    left = [job(rate, decay, seed) for seed in counted]
+    left = [job for job in left if job not in finished]
     return Wanted(left, len(left), Tuned(rate, decay), counted)
 
 
 def in_order(
-    workloads: Mapping[str, int],
+    steps: Mapping[str, int],
     methods: Sequence[Method],
     finished: Mapping[Job, Record],
     seeds: Sequence[int] | None = None,
 ) -> Iterator[Job]:
-    """All runs that can start now: row by row, each on every workload in turn.
+    """All runs that can start now, the most valuable first.
+
+    Part by part; in each, every row with a few seeds, then the rest of the seeds. After
+    the baselines, a language model and a diffusion transformer come before their like.
 
     Args:
-        workloads: Their names, and the length of a run on each.
+        steps: The workloads, and the length of a run on each.
         methods: The rows, the most valuable first.
         finished: Runs that there are.
         seeds: The seeds that count; the rows' own if `None`.
     """
-    for method in methods:
-        for name, steps in workloads.items():
-            yield from wanted(name, steps, method, finished, seeds).jobs
+    for part in PARTS:
+        rows = [method for method in methods if method.part == part]
+        first = [name for name in steps if part == "baselines" or name in FIRST]
+        groups = [first, [name for name in steps if name not in first]]
+        for limit in (FIRST_SEEDS, math.inf):
+            for group in groups:
+                for method in rows:
+                    for name in group:
+                        todo = wanted(name, steps[name], method, finished, seeds)
+                        few = set(todo.seeds[: min(limit, len(todo.seeds))])
+                        yield from (job for job in todo.jobs if job.seed in (0, *few))
 
 
-def _grid(method: Method) -> list[float]:
-    """The five rates, from the middle outwards, so that a stop leaves the likeliest."""
-    steps = sorted(range(-(RATES // 2), RATES // 2 + 1), key=abs)
-    return [_rounded(method.centre * 2.0**step) for step in steps]
+class _Climb(NamedTuple):
+    """How far a climb is: the best, or what has to be tried next."""
+
+    best: float
+    missing: float | None
+    least: int
 
 
-def _beyond(rates: list[float], best: float) -> float | None:
-    """The next rate where the best lies at the edge of those tried."""
-    if len(rates) >= RATES + EXTENSIONS:
-        return None
-    if best == max(rates):
-        return _rounded(best * 2)
-    return _rounded(best / 2) if best == min(rates) else None
+def _climb(
+    ladder: Sequence[float], start: float, loss: Callable[[float], float | None]
+) -> _Climb:
+    """Upwards from `start` while it gets better, else downwards.
+
+    Args:
+        ladder: What can be tried, in rising order.
+        start: One of them.
+        loss: What it ended at; `None` if it has not been tried.
+    """
+    place = ladder.index(start)
+    here = loss(start)
+    if here is None:
+        return _Climb(start, start, min(3, len(ladder)))
+    for direction in (1, -1):
+        while 0 <= place + direction < len(ladder):
+            there = loss(ladder[place + direction])
+            if there is None:
+                least = 2 if direction == 1 and ladder[place] == start else 1
+                return _Climb(ladder[place], ladder[place + direction], least)
+            # From a rate that diverged, any lower one is as good.
+            better = there < here or (direction == -1 and math.isinf(here))
+            if not better:
+                break
+            place, here = place + direction, there
+        if ladder[place] != start:
+            break
+    return _Climb(ladder[place], None, 0)
 
 
 def _rounded(rate: float) -> float:

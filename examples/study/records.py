@@ -43,7 +43,7 @@ class Record(NamedTuple):
         job: which one.
         eval_every: steps between two validations; the first comes after so many.
         curve: validation losses, up to the end or to the first that is no number.
-        step_sizes: the shared factor at the same steps, where there is one.
+        step_sizes: the shared factor every 50 steps, where there is one.
         figures: of generated images.
         seconds: of training, without compilation and validation; on a CPU those of the
             processor.

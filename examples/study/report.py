@@ -212,7 +212,7 @@ def common_rates(finished: Mapping[Job, Record]) -> str:
                 for name in names
             )
             lines.append(f"| {method.title} | {found.rate:g} | {' | '.join(cells)} |")
-    missing = "No method's rates have been tried on two workloads yet."
+    missing = "No method is tuned on two workloads yet, at rates that they share."
     return "\n".join(lines) if len(lines) > 2 else missing
 
 
@@ -311,9 +311,13 @@ def plot_factors(finished: Mapping[Job, Record], path: Path) -> None:
                 and job.decay == METHODS[method].decays[0]
             ]
             for place, record in enumerate(runs):
+                factors = record.step_sizes
                 axes.plot(
-                    _steps(record)[: len(record.step_sizes)],
-                    record.step_sizes,
+                    [
+                        workloads.EVAL_EVERY * (place + 1)
+                        for place in range(len(factors))
+                    ],
+                    factors,
                     color=f"C{number}",
                     linewidth=0.5 + 0.4 * place,
                     label="_" * (place > 0) + METHODS[method].title,

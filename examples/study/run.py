@@ -149,7 +149,7 @@ def missing(
     finished: dict[Job, Record],
     seeds: Sequence[int] | None,
 ) -> int:
-    """How many runs are missing, if no row needs more rates."""
+    """How many runs are missing at least."""
     return sum(
         plan.wanted(name, length, method, finished, seeds).least
         for method in methods

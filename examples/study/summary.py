@@ -142,9 +142,11 @@ class Common(NamedTuple):
 def common_rate(finished: Mapping[Job, Record], method: str) -> Common | None:
     """The rate that loses least everywhere, of those that tuning tried on seed 0.
 
-    Workloads count on which the method's rates have been tried; nothing where these are
-    fewer than two.
+    Workloads count on which the rate is tuned; nothing where these are fewer than two,
+    or have no rate in common. Rows that climb from another's rate and decay have none.
     """
+    if not METHODS[method].decays:
+        return None
     first = METHODS[method].decays[0]
     tried: dict[str, dict[float, float]] = {}
     for job, record in finished.items():
@@ -153,17 +155,17 @@ def common_rate(finished: Mapping[Job, Record], method: str) -> Common | None:
     tried = {
         name: losses
         for name, losses in sorted(tried.items())
-        if len(losses) >= plan.RATES and math.isfinite(min(losses.values()))
+        if len(losses) >= 3 and math.isfinite(min(losses.values()))
     }
-    if len(tried) < 2:
+    rates = set.intersection(*map(set, tried.values())) if len(tried) > 1 else set()
+    if not rates:
         return None
 
     def excess(rate: float) -> dict[str, float]:
         return {
-            name: losses.get(rate, math.inf) / min(losses.values()) - 1
+            name: losses[rate] / min(losses.values()) - 1
             for name, losses in tried.items()
         }
 
-    rates = sorted({rate for losses in tried.values() for rate in losses})
-    rate = min(rates, key=lambda rate: max(excess(rate).values()))
+    rate = min(sorted(rates), key=lambda rate: max(excess(rate).values()))
     return Common(rate, excess(rate))

@@ -17,8 +17,8 @@ from study.methods import (
 )
 from study.rules import hold, relative
 
-TUNED_DECAY = 0.05
-"""The decay under which the rates are tried."""
+DECAYS = (0.05, 0.0, 0.2, 0.4, 0.8)
+"""What decays are climbed on; the rates are tried with the first."""
 
 
 class Method(NamedTuple):
@@ -27,10 +27,12 @@ class Method(NamedTuple):
     Attributes:
         title: how tables call it.
         build: the optimiser.
-        centre: middle of the five rates that are tried; each is twice the one before.
-        decays: what is tried at the best of them; the rates were tried with the first.
+        centre: the learning rate where a climb starts.
+        decays: what the decay may be; the climb starts at the first, and only that is
+            taken where there is one. That of `base` if empty.
         seeds: how many seeds beside the one that is tuned on.
-        rate_of: the method whose best rate is taken, where none is tried.
+        base: the row at whose best rate the climb starts, in place of `centre`.
+        climbs: whether other rates are tried.
         stretch: how many times longer than the workload's the runs are.
         name: how files and the command line call it.
         part: which question it belongs to.
@@ -39,9 +41,10 @@ class Method(NamedTuple):
     title: str
     build: Build
     centre: float = 8e-3
-    decays: tuple[float, ...] = (TUNED_DECAY, 0.0, 0.2)
+    decays: tuple[float, ...] = DECAYS
     seeds: int = 3
-    rate_of: str | None = None
+    base: str | None = None
+    climbs: bool = True
     stretch: float = 1
     name: str = ""
     part: str = ""
@@ -55,8 +58,8 @@ class Method(NamedTuple):
 
 
 PARTS = {
-    "baselines": "baselines, the recipe, and the rules of a shared step size",
-    "rules": "other forms of the shared step size",
+    "baselines": "baselines and the recipe",
+    "rules": "the shared step size",
     "components": "what each component adds",
     "decay": "which iterate is decayed",
     "settings": "settings of the recipe",
@@ -66,6 +69,7 @@ PARTS = {
 _MUON_LIKE = {"cosine": True, "momentum": 0.9, "nesterov": True}
 _NORMUON = fusion("ns5", "normuon", **_MUON_LIKE)
 _RECIPE = fusion(*SF_NORMUON)
+_RATIO = fusion(*SF_NORMUON, polyak_rule="ratio")
 
 
 def _with(*components: str, **keywords: Any) -> Build:
@@ -78,65 +82,85 @@ def _set(component: str, **settings: Any) -> Build:
     return _with(settings={component: settings})
 
 
+def _varied(
+    title: str, build: Build, base: str = "sf_normuon", **changes: Any
+) -> Method:
+    """A row that changes one thing of another: tuned from there, with its decay."""
+    return Method(title, build, base=base, **{"decays": (), **changes})
+
+
+# What the docstring of `fusion_opt` recommends, the same everywhere.
+_FIXED = {"centre": 8e-3, "decays": (0.05,), "climbs": False}
+
 _BASELINES = {
     "adamw": Method("AdamW, cosine", adamw(), centre=4e-3, seeds=5),
-    "sf_normuon": Method("SF-NorMuon, no rule", _RECIPE, seeds=5),
+    "adamw_rest": Method(
+        "AdamW, cosine, four times the rate for the rest",
+        adamw(rest=4.0),
+        centre=4e-3,
+        seeds=5,
+    ),
+    "fixed": Method(
+        "SF-NorMuon, no rule, rate 0.008 and decay 0.05", _RECIPE, seeds=5, **_FIXED
+    ),
+    "fixed_ratio": Method(
+        "SF-NorMuon, ratio, rate 0.008 and decay 0.05", _RATIO, seeds=5, **_FIXED
+    ),
     "normuon": Method("NorMuon, cosine", _NORMUON, seeds=5),
-    "ratio": Method("SF-NorMuon, ratio", _with(polyak_rule="ratio"), seeds=5),
-    "plus": Method(
-        "SF-NorMuon, schedule_free_plus",
-        _with(polyak_rule="schedule_free_plus"),
-        centre=1.0,
-    ),
-    "autoscale": Method(
-        "SF-NorMuon, autoscale (Prodigy)", _with("autoscale"), centre=1.0
-    ),
+    "sf_normuon": Method("SF-NorMuon, no rule", _RECIPE, seeds=5),
+    "ratio": Method("SF-NorMuon, ratio", _RATIO, seeds=5),
     "muon": Method("Optax Muon, cosine", muon(0.9), seeds=5),
     "sf_adamw": Method("Schedule-Free AdamW", sf_adamw, seeds=5),
-    "d_adaptation": Method(
-        "SF-NorMuon, autoscale (D-Adaptation)",
-        _with("autoscale", settings={"autoscale": {"rule": "d_adaptation"}}),
-        centre=1.0,
-    ),
-    "adamw_rest": Method(
-        "AdamW, cosine, four times the rate for the rest", adamw(rest=4.0), centre=4e-3
-    ),
-    "normuon_95": Method(
+    "normuon_95": _varied(
         "NorMuon, cosine, momentum 0.95",
         fusion("ns5", "normuon", **{**_MUON_LIKE, "momentum": 0.95}),
+        base="normuon",
     ),
-    "muon_95": Method("Optax Muon, cosine, momentum 0.95", muon(0.95)),
+    "muon_95": _varied("Optax Muon, cosine, momentum 0.95", muon(0.95), base="muon"),
 }
 
 _RULES = {
-    "ratio_hold": Method("ratio for a tenth, then held", referred(hold, "ratio")),
-    "ratio_relative": Method("ratio over its start", referred(relative, "ratio")),
-    "schedule_free_plus_hold": Method(
-        "schedule_free_plus for a tenth, then held",
-        referred(hold, "schedule_free_plus"),
+    "plus": Method(
+        "schedule_free_plus", _with(polyak_rule="schedule_free_plus"), centre=1.0
+    ),
+    "autoscale": Method("autoscale (Prodigy)", _with("autoscale"), centre=1.0),
+    "d_adaptation": Method(
+        "autoscale (D-Adaptation)",
+        _with("autoscale", settings={"autoscale": {"rule": "d_adaptation"}}),
         centre=1.0,
     ),
-    "schedule_free_plus_relative": Method(
-        "schedule_free_plus over its start", referred(relative, "schedule_free_plus")
+    "ratio_hold": _varied(
+        "ratio for a tenth, then held", referred(hold, "ratio"), base="ratio"
+    ),
+    "ratio_relative": _varied("ratio over its start", referred(relative, "ratio")),
+    "ratio_uniform": _varied(
+        "ratio, averaging weights without the rate",
+        _with(polyak_rule="ratio", settings={"sf": {"weight_lr_power": 0.0}}),
+        base="ratio",
     ),
     **{
-        f"ratio_{low:g}_{high:g}": Method(
+        f"ratio_{low:g}_{high:g}": _varied(
             f"ratio within {low:g} to {high:g}",
             _with(
                 polyak_rule="ratio",
                 settings={"polyak": {"min_ratio": low, "max_ratio": high}},
             ),
+            base="ratio",
         )
         for low, high in ((0.5, 2.0), (1.0, 10.0), (0.1, 1.0))
     },
-    "plus_averaged": Method(
+    "schedule_free_plus_hold": _varied(
+        "schedule_free_plus for a tenth, then held",
+        referred(hold, "schedule_free_plus"),
+        base="plus",
+    ),
+    "schedule_free_plus_relative": _varied(
+        "schedule_free_plus over its start", referred(relative, "schedule_free_plus")
+    ),
+    "plus_averaged": _varied(
         "schedule_free_plus, averaged with 0.98",
         _with(polyak_rule="schedule_free_plus", settings={"polyak": {"b1": 0.98}}),
-        centre=1.0,
-    ),
-    "ratio_uniform": Method(
-        "ratio, averaging weights without the rate",
-        _with(polyak_rule="ratio", settings={"sf": {"weight_lr_power": 0.0}}),
+        base="plus",
     ),
 }
 
@@ -145,46 +169,51 @@ _KL_EVERY_STEP = {"shampoo": {"update_every": 1, "b2": 0.9}}
 _NEGATIVE_MONA = {"mona": {"alpha": -0.5, "b1": 0.975, "weighted": False}}
 
 _COMPONENTS = {
-    "ns5": Method("ns5, constant rate", fusion("ns5")),
-    "ns5_normuon": Method("ns5 + normuon, constant rate", fusion("ns5", "normuon")),
-    "ns5_sf": Method("ns5 + sf", fusion("ns5", "sf")),
-    "mona": Method("+ mona, k = +0.2", _with("mona")),
-    "mona_negative": Method("+ mona, k = -0.5", _with("mona", settings=_NEGATIVE_MONA)),
-    "kl_every_step": Method(
+    "ns5": _varied("ns5, constant rate", fusion("ns5")),
+    "ns5_normuon": _varied("ns5 + normuon, constant rate", fusion("ns5", "normuon")),
+    "ns5_sf": _varied("ns5 + sf", fusion("ns5", "sf")),
+    "mona": _varied("+ mona, k = +0.2", _with("mona")),
+    "mona_negative": _varied(
+        "+ mona, k = -0.5", _with("mona", settings=_NEGATIVE_MONA)
+    ),
+    "kl_every_step": _varied(
         "+ KL-Shampoo at every step", _with("shampoo", settings=_KL_EVERY_STEP)
     ),
-    "kl_every_10": Method("+ KL-Shampoo every 10", _with("shampoo")),
-    "plain_shampoo": Method("+ plain Shampoo every 10", _with("plain_shampoo")),
-    "full": Method(
+    "full": _varied(
         "full: + mona + KL-Shampoo at every step",
         _with("mona", "shampoo", settings=_KL_EVERY_STEP),
     ),
-    "full_ratio": Method(
+    "kl_alone": _varied("KL-Shampoo alone", fusion("shampoo")),
+    "kl_every_10": _varied("+ KL-Shampoo every 10", _with("shampoo")),
+    "plain_shampoo": _varied("+ plain Shampoo every 10", _with("plain_shampoo")),
+    "full_ratio": _varied(
         "full, ratio",
         _with("mona", "shampoo", settings=_KL_EVERY_STEP, polyak_rule="ratio"),
+        base="ratio",
     ),
-    "kl_alone": Method("KL-Shampoo alone", fusion("shampoo")),
-    "whole": Method("fused kernels whole", _with(chunks=False)),
-    "quintic": Method("quintic coefficients", _set("ns5", coefficients="quintic")),
-    "aol": Method("AOL, 4 steps", _set("ns5", preconditioner="aol", steps=4)),
-    "cautious": Method("+ cautious", _with("cautious")),
-    "cautious_decay": Method(
-        "+ cautious decay", _with("cautious_decay"), decays=(TUNED_DECAY, 0.2)
+    "whole": _varied("fused kernels whole", _with(chunks=False)),
+    "quintic": _varied("quintic coefficients", _set("ns5", coefficients="quintic")),
+    "aol": _varied("AOL, 4 steps", _set("ns5", preconditioner="aol", steps=4)),
+    "cautious": _varied("+ cautious", _with("cautious")),
+    # It acts on about half of the entries, so that it may need twice as much.
+    "cautious_decay": _varied(
+        "+ cautious decay", _with("cautious_decay"), decays=(0.2, 0.05, 0.4, 0.8)
     ),
-    "snr_gate": Method("+ SNR gate", _with("snr_gate")),
-    "hyperball": Method(
+    "snr_gate": _varied("+ SNR gate", _with("snr_gate")),
+    "hyperball": _varied(
         "hyperball, cosine",
         fusion("ns5", "normuon", "hyperball", decays=False, **_MUON_LIKE),
+        base="normuon",
         decays=(0.0,),
     ),
 }
 
-# Three times the length, so that a decay has time to tell; the rate is the recipe's.
-_LONG = {"rate_of": "sf_normuon", "stretch": 3}
+# Three times the length, so that a decay has time to tell.
+_LONG = {"climbs": False, "stretch": 3}
 
 _DECAY = {
     **{
-        f"decay_{letter}": Method(
+        f"decay_{letter}": _varied(
             f"decay on {letter}",
             _set("sf", inner_params=which),
             decays=(0.2, 0.05, 0.8),
@@ -192,35 +221,35 @@ _DECAY = {
         )
         for letter, which in (("z", "fast"), ("y", "gradient"), ("x", "average"))
     },
-    "decay_none": Method("no decay", _RECIPE, decays=(0.0,), **_LONG),
+    "decay_none": _varied("no decay", _RECIPE, decays=(0.0,), **_LONG),
 }
 
 _SETTINGS = {
     **{
-        f"beta_{b1:g}": Method(f"sf b1 {b1:g}", _set("sf", b1=b1))
+        f"beta_{b1:g}": _varied(f"sf b1 {b1:g}", _set("sf", b1=b1))
         for b1 in (0.4, 0.8, 0.9)
     },
-    **{f"r_{r:g}": Method(f"sf r {r:g}", _set("sf", r=r)) for r in (0.0, 1.0, 4.0)},
+    **{f"r_{r:g}": _varied(f"sf r {r:g}", _set("sf", r=r)) for r in (0.0, 1.0, 4.0)},
     **{
-        f"momentum_{m:g}": Method(f"momentum {m:g}", _with(momentum=m))
+        f"momentum_{m:g}": _varied(f"momentum {m:g}", _with(momentum=m))
         for m in (0.6, 0.9, 0.95)
     },
-    "nesterov": Method("Nesterov momentum", _with(nesterov=True)),
+    "nesterov": _varied("Nesterov momentum", _with(nesterov=True)),
     **{
-        f"hot_{dtype}": Method(f"hot dtype {dtype}", _set("ns5", hot_dtype=dtype))
+        f"hot_{dtype}": _varied(f"hot dtype {dtype}", _set("ns5", hot_dtype=dtype))
         for dtype in ("bf16", "fp16")
     },
 }
 
 _LENGTH = {
-    f"{name}_x{stretch:g}": Method(
+    f"{name}_x{stretch:g}": _varied(
         f"{title}, {stretch:g} times the steps",
         build,
-        decays=(TUNED_DECAY,),
-        rate_of=name,
+        base=name,
+        climbs=False,
         stretch=stretch,
     )
-    for stretch in (0.5, 3)
+    for stretch in (3, 0.5)
     for name, title, build in (
         ("adamw", "AdamW", adamw()),
         ("adamw_rest", "AdamW, four times the rate for the rest", adamw(rest=4.0)),

@@ -20,7 +20,7 @@ from study.table import METHODS
 
 
 def run(job: Job, progress: Callable[[int], None] = lambda _: None) -> Record:
-    """Train from the start to the end; `progress` is called after each validation.
+    """Train from the start to the end; `progress` is called every 50 steps.
 
     A run ends early where its validation loss is no number: none comes back from that.
     """
@@ -43,6 +43,8 @@ def run(job: Job, progress: Callable[[int], None] = lambda _: None) -> Record:
     copies = jax.tree.map(jnp.copy, (params, state))
     jax.block_until_ready(step(*copies, jnp.int32(0), *arguments))
 
+    # Tuning looks at the end alone.
+    eval_every = workloads.EVAL_EVERY if job.seed else workloads.TUNING_EVAL_EVERY
     curve: list[float] = []
     step_sizes: list[float] = []
     seconds, started = 0.0, clock()
@@ -52,10 +54,11 @@ def run(job: Job, progress: Callable[[int], None] = lambda _: None) -> Record:
             continue
         jax.block_until_ready((params, state))
         seconds += clock() - started
-        loss = float(validate(deployed(params, state), workload.held_out))
-        if not math.isfinite(loss):
-            break
-        curve.append(_short(loss))
+        if (count + 1) % eval_every == 0:
+            loss = float(validate(deployed(params, state), workload.held_out))
+            if not math.isfinite(loss):
+                break
+            curve.append(_short(loss))
         factor = optax.tree.get(state, "factor_used")
         if factor is None:
             factor = optax.tree.get(state, "step_size")
@@ -64,13 +67,12 @@ def run(job: Job, progress: Callable[[int], None] = lambda _: None) -> Record:
         started = clock()
 
     figures: dict[str, float] = {}
-    # Not while tuning, which looks at the loss alone.
-    if workload.judge and job.seed and len(curve) * workloads.EVAL_EVERY == job.steps:
+    if workload.judge and job.seed and len(curve) * eval_every == job.steps:
         found = workload.judge(deployed(params, state))
         figures = {name: _short(value) for name, value in found.items()}
     return Record(
         job=job,
-        eval_every=workloads.EVAL_EVERY,
+        eval_every=eval_every,
         curve=curve,
         step_sizes=step_sizes,
         figures=figures,

@@ -202,20 +202,56 @@ def test_a_factor_is_referred_to_its_start(use, expected):
 # What to run next
 
 
-def test_tuning_goes_on_beyond_the_edge_and_then_counts_other_seeds():
-    best = 4 * METHODS["adamw"].centre * 4
-    loss = lambda job: abs(math.log2(job.rate / best)) + abs(job.decay - 0.2)  # noqa: E731
-    finished = finish("adamw", 800, loss)
+def tried_by(finished, method):
+    """Rate and decay of the runs that tuned a row, in their order."""
+    tuning = [job for job in finished if job.method == method and job.seed == 0]
+    return [(job.rate, job.decay) for job in tuning]
+
+
+@pytest.mark.parametrize(
+    ("best", "expected"),
+    [
+        (4e-3, [4e-3, 8e-3, 2e-3]),
+        # Up while it gets better; down is then known to be worse.
+        (1.6e-2, [4e-3, 8e-3, 1.6e-2, 3.2e-2]),
+        (1e-3, [4e-3, 8e-3, 2e-3, 1e-3, 5e-4]),
+    ],
+)
+def test_the_rate_climbs_until_both_neighbours_are_worse(best, expected):
+    finished = finish("adamw", 800, lambda job: abs(math.log2(job.rate / best)))
+    rates = [rate for rate, decay in tried_by(finished, "adamw") if decay == 0.05]
+    assert rates == expected
+    assert plan.wanted("lm", 800, METHODS["adamw"], finished).tuned.rate == best
+
+
+@pytest.mark.parametrize(
+    ("best", "expected"),
+    [
+        (0.05, [0.05, 0.2, 0.0]),
+        (0.2, [0.05, 0.2, 0.4]),
+        (0.8, [0.05, 0.2, 0.4, 0.8]),
+        (0.0, [0.05, 0.2, 0.0]),
+    ],
+)
+def test_the_decay_climbs_at_the_best_rate(best, expected):
+    finished = finish("adamw", 800, lambda job: job.rate + abs(job.decay - best))
     tuned = plan.wanted("lm", 800, METHODS["adamw"], finished)
-    assert tuned == plan.Wanted([], 0, plan.Tuned(best, 0.2), (1, 2, 3, 4, 5))
-    # 2 beyond the edge lies the best, and one further shows that it is the best.
-    assert sum(job.seed == 0 for job in finished) == 5 + 3 + 2
+    assert tuned == plan.Wanted([], 0, plan.Tuned(6.25e-5, best), (1, 2, 3, 4, 5))
+    tried = tried_by(finished, "adamw")
+    assert [decay for rate, decay in tried if rate == 6.25e-5] == expected
     assert len({job.path for job in finished}) == len(finished)
 
 
-def test_tuning_beyond_the_edge_ends():
+def test_a_climb_ends():
     finished = finish("adamw", 800, lambda job: -job.rate)
-    assert sum(job.seed == 0 for job in finished) == 5 + plan.EXTENSIONS + 2
+    rates = [rate for rate, decay in tried_by(finished, "adamw") if decay == 0.05]
+    assert max(rates) == 4e-3 * 2**plan.REACH
+
+
+def test_what_diverges_climbs_down():
+    loss = lambda job: 1.0 if job.rate < 1e-3 else math.inf  # noqa: E731
+    finished = finish("adamw", 800, loss)
+    assert plan.wanted("lm", 800, METHODS["adamw"], finished).tuned.rate == 5e-4
 
 
 def test_a_run_that_diverged_is_the_worst():
@@ -224,22 +260,52 @@ def test_a_run_that_diverged_is_the_worst():
     assert record(job, (3.0, 2.5)).final == 2.5
 
 
-def test_a_row_waits_for_the_one_whose_rate_it_takes():
-    method = METHODS["decay_z"]
+def test_a_row_starts_where_its_base_is_best():
+    method, base = METHODS["mona"], METHODS["sf_normuon"]
+    # By itself it asks for what tunes its base.
     before = plan.wanted("lm", 800, method, {})
-    assert (before.jobs, before.least) == ([], 3 + 3)
-    finished = finish("sf_normuon", 800, lambda job: abs(job.rate - 4e-3))
-    finished = finish("decay_z", 800, lambda job: abs(job.decay - 0.8), finished)
+    assert before.jobs == plan.wanted("lm", 800, base, {}).jobs
+    assert before.least == 3 + 3
+    loss = lambda job: abs(job.rate - 1.6e-2) + abs(job.decay - 0.4)  # noqa: E731
+    finished = finish("sf_normuon", 800, loss)
+    finished = finish("mona", 800, lambda job: abs(job.rate - 8e-3), finished)
+    expected = [(rate, 0.4) for rate in (1.6e-2, 3.2e-2, 8e-3, 4e-3)]
+    assert tried_by(finished, "mona") == expected
     tuned = plan.wanted("lm", 800, method, finished).tuned
-    assert tuned == plan.Tuned(4e-3, 0.8)
-    assert {job.steps for job in finished if job.method == "decay_z"} == {2400}
+    assert tuned == plan.Tuned(8e-3, 0.4)
+    # A larger model starts at the smallest one's.
+    (job,) = plan.wanted("lm_256", 800, base, finished).jobs
+    assert job == Job("lm_256", "sf_normuon", 1.6e-2, 0.4, 0, 800)
+
+
+def test_a_long_row_takes_the_rate_of_its_base():
+    finished = finish("sf_normuon", 800, lambda job: abs(job.rate - 4e-3) - job.decay)
+    finished = finish("decay_z", 800, lambda job: abs(job.decay - 0.8), finished)
+    finished = finish("sf_normuon_x3", 800, lambda job: 1.0, finished)
+    for name in ("decay_z", "sf_normuon_x3"):
+        tuned = plan.wanted("lm", 800, METHODS[name], finished).tuned
+        assert tuned == plan.Tuned(4e-3, 0.8)
+        assert {job.steps for job in finished if job.method == name} == {2400}
+    assert tried_by(finished, "sf_normuon_x3") == []
 
 
 def test_the_first_rows_come_first():
-    jobs = list(plan.in_order({"lm": 10, "vit": 10}, list(METHODS.values()), {}))
-    assert jobs[0].method == "adamw"
-    assert jobs[0].rate == METHODS["adamw"].centre
-    assert [job.workload for job in jobs[:10]] == ["lm"] * 5 + ["vit"] * 5
+    steps = {"lm": 10, "vit": 10}
+    jobs = list(plan.in_order(steps, list(METHODS.values()), {}))
+    assert [job[:3] for job in jobs[:4]] == [
+        *(("lm", "adamw", 4e-3), ("vit", "adamw", 4e-3)),
+        *(("lm", "adamw_rest", 4e-3), ("vit", "adamw_rest", 4e-3)),
+    ]
+    # Some seeds of every row come before the last seeds of the first.
+    finished = finish("adamw", 10, lambda job: 1.0)
+    for seed in (3, 5):
+        finished.pop(next(job for job in finished if job.seed == seed))
+    names = [
+        job.method for job in plan.in_order(steps, list(METHODS.values()), finished)
+    ]
+    assert names[0] == "adamw"
+    second = names.index("adamw", names.index("sf_adamw"))
+    assert second < names.index("plus")
 
 
 # Runs
@@ -269,6 +335,7 @@ def small(monkeypatch):
     monkeypatch.setattr(workloads, "get", lambda name: workload)
     monkeypatch.setattr(workloads, "STEPS", 4)
     monkeypatch.setattr(workloads, "EVAL_EVERY", 2)
+    monkeypatch.setattr(workloads, "TUNING_EVAL_EVERY", 4)
     for cached in caches:
         cached.cache_clear()
     yield workload
@@ -287,6 +354,18 @@ def test_a_run_repeats_itself(small, tmp_path):
     assert first.param_bytes == 64
     records.write(tmp_path, first)
     assert records.read_all(tmp_path) == {job: first}
+
+
+def test_tuning_validates_less_often_and_ends_the_same(small, monkeypatch):
+    job = Job("digits", "ratio", 0.1, 0.0, 0, 4)
+    tuning = training.run(job)
+    assert (tuning.eval_every, len(tuning.curve), tuning.figures) == (4, 1, {})
+    assert len(tuning.step_sizes) == 2
+    monkeypatch.setattr(workloads, "TUNING_EVAL_EVERY", 2)
+    often = training.run(job)
+    assert (often.eval_every, len(often.curve)) == (2, 2)
+    assert often.final == tuning.final
+    assert often.step_sizes == tuning.step_sizes
 
 
 def test_a_run_that_is_no_number_ends(small):
@@ -317,7 +396,8 @@ def test_the_command_goes_on_where_it_was_stopped(monkeypatch, tmp_path, capsys)
     beside.write_text("{")
     code, rest = commands(monkeypatch, tmp_path)
     assert code == 0
-    assert len(first) + len(rest) == 5 + 2 + 2
+    # Three rates, two other decays, two seeds.
+    assert len(first) + len(rest) == 3 + 2 + 2
     assert not set(first) & set(rest)
     assert commands(monkeypatch, tmp_path) == (0, [])
     assert "go on from here" in capsys.readouterr().err.replace("goes", "go")
@@ -341,7 +421,7 @@ def test_list_runs_nothing(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(training, "run", None)
     assert run.main(["--out", str(tmp_path), "--list"]) == 0
     listed = capsys.readouterr().out
-    assert "adamw            lm untuned (9 runs)" in listed
+    assert "adamw            lm untuned (7 runs)" in listed
     assert "3 runs made" in listed
 
 

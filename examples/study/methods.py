@@ -90,6 +90,29 @@ def muon(beta: float) -> Build:
     return build
 
 
+def constant_adamw(setting: Setting) -> optax.GradientTransformationExtraArgs:
+    """AdamW at a constant rate."""
+    labels = setting.routing.labels(setting.params)
+    return optax.with_extra_args_support(
+        optax.adamw(
+            setting.rate,
+            b2=0.99,
+            weight_decay=setting.decay,
+            mask=jax.tree.map(lambda label: label == "spectral", labels),
+        )
+    )
+
+
+def accumulated(build: Build, every: int) -> Build:
+    """The same, run once for so many gradients; a run has as many fewer updates."""
+
+    def used(setting: Setting) -> optax.GradientTransformationExtraArgs:
+        setting = setting._replace(steps=setting.steps // every)
+        return fo.accumulate(build(setting), every)
+
+    return used
+
+
 def sf_adamw(setting: Setting) -> optax.GradientTransformationExtraArgs:
     """Schedule-Free AdamW with 7.5 % of warm-up, decay on the fast iterate."""
     labels = setting.routing.labels(setting.params)

@@ -9,7 +9,7 @@ that count: what was chosen on a seed flatters it there.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from study import workloads
@@ -22,8 +22,8 @@ REACH = 6
 FIRST_SEEDS = 3
 """Seeds that every row of a part gets before one of them gets more."""
 
-FIRST = ("lm", "digits")
-"""Workloads on which the parts after the baselines begin."""
+LATER = ("vit", "glyphs")
+"""Workloads on which the parts after the baselines come last."""
 
 
 class Tuned(NamedTuple):
@@ -41,12 +41,14 @@ class Wanted(NamedTuple):
         least: how many of its own are missing at least; a climb may go further.
         tuned: the chosen setting, once it is known.
         seeds: the seeds that count.
+        so_far: the best setting while the decay is still climbing.
     """
 
     jobs: list[Job]
     least: int
     tuned: Tuned | None
     seeds: tuple[int, ...]
+    so_far: Tuned | None = None
 
 
 def seeds_of(method: Method, given: Sequence[int] | None = None) -> tuple[int, ...]:
@@ -104,16 +106,25 @@ def wanted(
         ladder = [_rounded(rate * 2.0**step) for step in range(-REACH, REACH + 1)]
         climb = _climb(ladder, rate, lambda rate: loss(rate, decay))
         if climb.missing is not None:
-            return waiting(climb.missing, decay, climb.least + min(len(decays), 2))
+            return waiting(
+                climb.missing, decay, climb.least + min(max(len(decays) - 1, 0), 2)
+            )
         rate = climb.best
     if len(decays) > 1:
         climb = _climb(sorted(decays), decay, lambda decay: loss(rate, decay))
         if climb.missing is not None:
-            return waiting(rate, climb.missing, climb.least)
+            todo = waiting(rate, climb.missing, climb.least)
+            return todo._replace(so_far=Tuned(rate, climb.best))
         decay = climb.best
     left = [job(rate, decay, seed) for seed in counted]
     left = [job for job in left if job not in finished]
     return Wanted(left, len(left), Tuned(rate, decay), counted)
+
+
+def places(method: Method, names: Iterable[str]) -> list[str]:
+    """Those of some workloads that a row runs on."""
+    on = method.on or (*workloads.NAMES, *workloads.SIZES)
+    return [name for name in names if name in on]
 
 
 def in_order(
@@ -135,12 +146,15 @@ def in_order(
     """
     for part in PARTS:
         rows = [method for method in methods if method.part == part]
-        first = [name for name in steps if part == "baselines" or name in FIRST]
-        groups = [first, [name for name in steps if name not in first]]
+        later = () if part == "baselines" else LATER
+        groups = (
+            [name for name in steps if name not in later],
+            [name for name in steps if name in later],
+        )
         for limit in (FIRST_SEEDS, math.inf):
             for group in groups:
                 for method in rows:
-                    for name in group:
+                    for name in places(method, group):
                         todo = wanted(name, steps[name], method, finished, seeds)
                         few = set(todo.seeds[: min(limit, len(todo.seeds))])
                         yield from (job for job in todo.jobs if job.seed in (0, *few))

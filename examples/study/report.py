@@ -16,9 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dit_training.folders import write_whole
-from matplotlib.figure import Figure
 
-from study import records, summary, workloads
+from study import plan, plots, records, summary, workloads
 from study.records import Job, Record
 from study.summary import Estimate, Row
 from study.table import METHODS, PARTS
@@ -26,14 +25,8 @@ from study.table import METHODS, PARTS
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parents[1] / "docs"
 NOT_RUN = "not run yet"
-TITLES = {
-    "lm": "bytes",
-    "vit": "characters, classifier",
-    "glyphs": "characters, DiT",
-    "digits": "digits, DiT",
-}
-CURVES = ("adamw", "adamw_rest", "muon", "normuon", "sf_adamw", "sf_normuon", "ratio")
-FACTORS = ("ratio", "plus", "autoscale", "d_adaptation")
+UNSETTLED = " †"
+"""Marks a row whose decay is still to be climbed."""
 
 Rows = Mapping[tuple[str, str], Row]
 
@@ -47,11 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finished = records.read_all(given.results)
     page = given.docs / "results.md"
     write_whole(page, filled(page.read_text(), finished))
-    plot_curves(finished, given.docs / "images" / "study_curves.png")
-    plot_rates(finished, given.docs / "images" / "study_rates.png")
-    plot_factors(finished, given.docs / "images" / "study_step_sizes.png")
+    plots.curves(finished, given.docs / "images" / "study_curves.png")
+    plots.rates(finished, given.docs / "images" / "study_rates.png")
+    plots.factors(finished, given.docs / "images" / "study_step_sizes.png")
     if any(METHODS[job.method].part == "length" for job in finished):
-        plot_shares(finished, given.docs / "images" / "study_lengths.png")
+        plots.shares(finished, given.docs / "images" / "study_lengths.png")
     return 0
 
 
@@ -59,8 +52,10 @@ def filled(page: str, finished: Mapping[Job, Record]) -> str:
     """The page with every block between marks made anew."""
     rows = summary.collect(finished)
     blocks: dict[str, Callable[[], str]] = {"state": lambda: state(finished, rows)}
-    blocks["ratio"] = lambda: ratio(finished, rows)
+    blocks["ratio"] = lambda: ratio(rows)
     blocks["sizes"] = lambda: sizes(rows)
+    blocks["shapes"] = lambda: shapes(rows)
+    blocks["away"] = lambda: away(rows)
     blocks["common rate"] = lambda: common_rates(finished)
     for part in PARTS:
         blocks[f"losses {part}"] = lambda part=part: losses(part, rows)
@@ -96,16 +91,30 @@ def state(finished: Mapping[Job, Record], rows: Rows) -> str:
     )
 
 
+def columns_of(part: str) -> list[str]:
+    """The workloads that a part's rows run on, larger language models aside."""
+    methods = [method for method in METHODS.values() if method.part == part]
+    names = [name for name in workloads.OTHERS if name not in workloads.SIZES]
+    places = [plan.places(method, (*workloads.NAMES, *names)) for method in methods]
+    return list(dict.fromkeys(name for found in places for name in found))
+
+
+def beside(rows: Rows, row: Row, kind: str) -> Row | None:
+    """The row that another of its part is compared with: AdamW's, or SF-NorMuon's."""
+    own = f"{kind}_{METHODS[row.method].part}"
+    return rows.get((row.workload, own)) or rows.get((row.workload, kind))
+
+
 def losses(part: str, rows: Rows) -> str:
     """Final validation losses: one line a method, one column a workload."""
-    names = workloads.NAMES
+    names = columns_of(part)
     lines = [
-        f"| | {' | '.join(TITLES[name] for name in names)} | command |",
+        f"| | {' | '.join(plots.title(name) for name in names)} | command |",
         f"|---|{'---|' * len(names)}---|",
     ]
     for method in METHODS.values():
         if method.part == part:
-            cells = [text(summary.final(rows[name, method.name])) for name in names]
+            cells = [final_text(rows[name, method.name]) for name in names]
             command = f"`--only {method.name}`"
             lines.append(f"| {method.title} | {' | '.join(cells)} | {command} |")
     return "\n".join(lines)
@@ -119,18 +128,21 @@ def details(part: str, rows: Rows) -> str:
     )
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for method in METHODS.values():
-        for name in workloads.NAMES:
+        if method.part != part:
+            continue
+        for name in columns_of(part):
             row = rows[name, method.name]
-            if method.part != part or not row.runs or row.tuned is None:
+            if not row.runs or row.tuned is None:
                 continue
             some = next(iter(row.runs.values()))
-            reference = rows[name, "sf_normuon"]
-            same = method.name == "sf_normuon"
-            cost = summary.cost(row, rows[name, "adamw"])
+            reference = beside(rows, row, "sf_normuon")
+            same = reference is None or row == reference
+            adamw = beside(rows, row, "adamw")
+            cost = None if adamw is None else summary.cost(row, adamw)
             shares = summary.shares(row, rows)
             cells = (
                 method.title,
-                TITLES[name],
+                plots.title(name),
                 share_text(shares),
                 "" if cost is None or not shares else time_text(shares, cost),
                 "" if same else text(summary.difference(row, reference), sign="+"),
@@ -138,37 +150,76 @@ def details(part: str, rows: Rows) -> str:
                 f"{some.state_bytes / some.param_bytes:.2f}",
                 text(summary.figure(row, "frechet_distance"), missing=""),
                 f"{row.tuned.rate:g}",
-                f"{row.tuned.decay:g}",
+                f"{row.tuned.decay:g}{'' if row.settled else UNSETTLED}",
             )
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) if len(lines) > 2 else "None of these rows is run yet."
 
 
-def ratio(finished: Mapping[Job, Record], rows: Rows) -> str:
-    """The ratio rule beside no rule: each as tuned, and both at one rate."""
+def shapes(rows: Rows) -> str:
+    """Models of equal cost, the one deep and the other wide."""
+    lines = [
+        "| | loss | Fréchet distance | time a step | rate | command |",
+        "|---|---|---|---|---|---|",
+    ]
+    first = rows["digits_3x192", "blocks_3x192"]
+    for name, (depth, width) in workloads.SHAPES.items():
+        row = rows[name, f"blocks_{depth}x{width}"]
+        cost = summary.cost(row, first)
+        cells = (
+            METHODS[row.method].title,
+            text(summary.final(row)),
+            text(summary.figure(row, "frechet_distance")),
+            NOT_RUN if cost is None else f"{cost:.2f}×",
+            f"{row.tuned.rate:g}" if row.tuned and row.runs else NOT_RUN,
+            f"`--only {row.method}`",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def away(rows: Rows) -> str:
+    """Where optimisers end that are pushed away from a reference."""
+    names = list(workloads.AWAY)
+    titles = " | ".join(plots.title(name) for name in names)
+    lines = [f"| | {titles} | command |", f"|---|{'---|' * len(names)}---|"]
+    for method in METHODS.values():
+        if method.part != "away":
+            continue
+        cells = []
+        for name in names:
+            row = rows[name, method.name]
+            found = (
+                text(summary.final(row)),
+                text(summary.figure(row, "distance"), missing=""),
+                text(summary.figure(row, "label_accuracy"), missing=""),
+            )
+            cells.append("; ".join(part for part in found if part))
+        command = f"`--only {method.name}`"
+        lines.append(f"| {method.title} | {' | '.join(cells)} | {command} |")
+    return "\n".join(lines)
+
+
+def ratio(rows: Rows) -> str:
+    """The ratio rule beside no rule: both at one setting, and each as tuned."""
     columns = (
-        *("workload", "rates, as tuned", "ratio less no rule, as tuned"),
-        *("γ in that run", "both at 0.008, seed 0: no rule, ratio", "γ in that run"),
+        *("workload", "ratio less no rule, both at 0.008 and 0.05", "γ in these runs"),
+        *("ratio less no rule, as tuned", "rates", "γ in these runs"),
     )
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in workloads.NAMES:
-        without, rule = rows[name, "sf_normuon"], rows[name, "ratio"]
-        if not (without.tuned and rule.tuned and rule.runs):
-            continue
-        common = [
-            finished[Job(name, method, 8e-3, 0.05, 0, workloads.STEPS)]
-            for method in ("sf_normuon", "ratio")
-        ]
-        cells = (
-            TITLES[name],
-            f"{without.tuned.rate:g}, {rule.tuned.rate:g}",
-            text(summary.difference(rule, without), sign="+"),
-            range_text(next(iter(rule.runs.values())).step_sizes),
-            ", ".join(f"{record.final:.4f}" for record in common),
-            range_text(common[1].step_sizes),
-        )
+        cells = [plots.title(name)]
+        for pair in (("fixed", "fixed_ratio"), ("sf_normuon", "ratio")):
+            without, rule = (rows[name, method] for method in pair)
+            found = summary.difference(rule, without)
+            cells.append(text(found, sign="+") or NOT_RUN)
+            if pair[0] != "fixed":
+                tuned = [row.tuned for row in (without, rule)]
+                cells.append(", ".join(f"{one.rate:g}" for one in tuned if one))
+            factors = [one for run in rule.runs.values() for one in run.step_sizes]
+            cells.append(range_text(factors) if factors else "")
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) if len(lines) > 2 else "Neither is tuned yet."
+    return "\n".join(lines)
 
 
 def range_text(factors: Sequence[float]) -> str:
@@ -186,7 +237,7 @@ def sizes(rows: Rows) -> str:
     ]
     for workload, width in {"lm": workloads.WIDTH, **workloads.SIZES}.items():
         found = [rows[workload, name] for name in names]
-        cells = [text(summary.final(row)) for row in found]
+        cells = [final_text(row) for row in found]
         cells.append(
             ", ".join(
                 share_text(summary.shares(row, rows)) or NOT_RUN for row in found[1:]
@@ -201,7 +252,7 @@ def common_rates(finished: Mapping[Job, Record]) -> str:
     """What one learning rate for every workload costs on each."""
     names = workloads.NAMES
     lines = [
-        f"| | one rate | {' | '.join(TITLES[name] for name in names)} |",
+        f"| | one rate | {' | '.join(plots.title(name) for name in names)} |",
         f"|---|---|{'---|' * len(names)}",
     ]
     for method in METHODS.values():
@@ -230,6 +281,12 @@ def text(value: Estimate | None, sign: str = "", missing: str = NOT_RUN) -> str:
     return f"{value.mean:{sign}.{digits}f} ± {value.error:.{digits}f} ({value.seeds})"
 
 
+def final_text(row: Row) -> str:
+    """The loss of a row, marked where its tuning is not through."""
+    shown = text(summary.final(row))
+    return shown + UNSETTLED if row.runs and not row.settled else shown
+
+
 def share_text(shares: list[float]) -> str:
     """The median over the seeds, and the range."""
     if not shares:
@@ -246,143 +303,6 @@ def time_text(shares: list[float], cost: float) -> str:
     """The median share of the time, if each step takes so many of AdamW's."""
     middle = statistics.median(shares) * cost
     return f"{middle:.2f}" if math.isfinite(middle) else "never"
-
-
-def panels(finished: Mapping[Job, Record]) -> list[str]:
-    """The workloads that there are runs of."""
-    there = {job.workload for job in finished}
-    return [name for name in workloads.NAMES if name in there]
-
-
-def plot_curves(finished: Mapping[Job, Record], path: Path) -> None:
-    """Validation losses at the tuned settings, one line a seed."""
-    rows = summary.collect(finished)
-
-    def draw(axes, name: str) -> None:
-        for number, method in enumerate(CURVES):
-            for place, record in enumerate(rows[name, method].runs.values()):
-                axes.plot(
-                    _steps(record),
-                    record.curve,
-                    color=f"C{number}",
-                    linewidth=1,
-                    alpha=0.8,
-                    label="_" * (place > 0) + METHODS[method].title,
-                )
-        axes.set(xlabel="step", ylabel="validation loss", yscale="log")
-
-    _plot(panels(finished), draw, path)
-
-
-def plot_rates(finished: Mapping[Job, Record], path: Path) -> None:
-    """What every learning rate ended at on seed 0."""
-
-    def draw(axes, name: str) -> None:
-        for number, method in enumerate((*CURVES, *FACTORS[1:])):
-            first = METHODS[method].decays[0]
-            tried = sorted(
-                (job.rate, record.final)
-                for job, record in finished.items()
-                if (job.workload, job.method) == (name, method)
-                and (job.seed, job.decay) == (0, first)
-            )
-            if tried:
-                axes.plot(
-                    *zip(*tried, strict=True),
-                    color=f"C{number}",
-                    marker="o",
-                    markersize=3,
-                    label=METHODS[method].title,
-                )
-        axes.set(xlabel="learning rate", ylabel="final validation loss", xscale="log")
-
-    _plot(panels(finished), draw, path)
-
-
-def plot_factors(finished: Mapping[Job, Record], path: Path) -> None:
-    """The shared factor along the run, at every rate that was tried on seed 0."""
-
-    def draw(axes, name: str) -> None:
-        for number, method in enumerate(FACTORS):
-            runs = [
-                record
-                for job, record in sorted(finished.items())
-                if (job.workload, job.method, job.seed) == (name, method, 0)
-                and job.decay == METHODS[method].decays[0]
-            ]
-            for place, record in enumerate(runs):
-                factors = record.step_sizes
-                axes.plot(
-                    [
-                        workloads.EVAL_EVERY * (place + 1)
-                        for place in range(len(factors))
-                    ],
-                    factors,
-                    color=f"C{number}",
-                    linewidth=0.5 + 0.4 * place,
-                    label="_" * (place > 0) + METHODS[method].title,
-                )
-        axes.set(xlabel="step", ylabel="shared factor", yscale="log")
-
-    _plot(panels(finished), draw, path)
-
-
-def plot_shares(finished: Mapping[Job, Record], path: Path) -> None:
-    """The share of AdamW's steps against the length of the run, one line a method."""
-    rows = summary.collect(finished)
-
-    def draw(axes, name: str) -> None:
-        for number, method in enumerate(("normuon", "sf_normuon")):
-            found = {}
-            for length in ("_x0.5", "", "_x3"):
-                row = rows[name, method + length]
-                shares = summary.shares(row, rows)
-                if shares and math.isfinite(max(shares)):
-                    steps = next(iter(row.runs.values())).job.steps
-                    found[steps] = (min(shares), statistics.median(shares), max(shares))
-            if found:
-                low, middle, high = zip(*found.values(), strict=True)
-                axes.fill_between(list(found), low, high, color=f"C{number}", alpha=0.2)
-                axes.plot(
-                    list(found),
-                    middle,
-                    color=f"C{number}",
-                    marker="o",
-                    label=METHODS[method].title,
-                )
-        axes.set(xlabel="steps of the run", ylabel="share of AdamW's steps")
-        axes.set_ylim(0, 1)
-
-    _plot(panels(finished), draw, path)
-
-
-def _steps(record: Record) -> list[int]:
-    return [record.eval_every * place for place in range(1, len(record.curve) + 1)]
-
-
-def _plot(names: Sequence[str], draw: Callable[..., None], path: Path) -> None:
-    """One panel for each workload that there is something to draw of."""
-
-    def empty(name: str) -> bool:
-        axes = Figure().subplots()
-        draw(axes, name)
-        return not axes.lines
-
-    names = [name for name in names if not empty(name)]
-    if not names:
-        return
-    figure = Figure(figsize=(4.2 * len(names) + 0.6, 3.6), layout="constrained")
-    panels = figure.subplots(1, len(names), squeeze=False)[0]
-    for axes, name in zip(panels, names, strict=True):
-        draw(axes, name)
-        axes.set_title(TITLES[name])
-        axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize=6, framealpha=0.5)
-        if axes.get_yscale() == "log":
-            axes.yaxis.set_major_formatter("{x:.2g}")
-            axes.yaxis.set_minor_formatter("{x:.2g}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

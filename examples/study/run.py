@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if (not given.only or method.name in given.only)
         and (not given.part or method.part in given.part)
     ]
-    names = given.workload or list(workloads.NAMES)
+    own = [name for method in methods for name in method.on]
+    names = given.workload or list(dict.fromkeys((*workloads.NAMES, *own)))
     steps = {name: workloads.STEPS for name in names}
     try:
         if given.list:
@@ -77,8 +78,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--workload",
         nargs="+",
-        choices=(*workloads.NAMES, *workloads.SIZES),
-        help="on these; on the first four, if none is named",
+        choices=(*workloads.NAMES, *workloads.OTHERS),
+        help="on these; on all but larger language models, if none is named",
     )
     parser.add_argument(
         "--seeds", type=int, nargs="+", help="seeds that count, from 1; the rows' own"
@@ -151,9 +152,9 @@ def missing(
 ) -> int:
     """How many runs are missing at least."""
     return sum(
-        plan.wanted(name, length, method, finished, seeds).least
+        plan.wanted(name, steps[name], method, finished, seeds).least
         for method in methods
-        for name, length in steps.items()
+        for name in plan.places(method, steps)
     )
 
 
@@ -183,8 +184,8 @@ def overview(
         lines += [f"{part}: {title}"] if rows else []
         for method in rows:
             cells = []
-            for name, length in steps.items():
-                todo = plan.wanted(name, length, method, finished, seeds)
+            for name in plan.places(method, steps):
+                todo = plan.wanted(name, steps[name], method, finished, seeds)
                 left += todo.least * method.stretch * seconds_of(name, finished)
                 cells.append(f"{name} {state_of(todo)}")
             lines.append(f"  {method.name:16s} {'; '.join(cells)}")

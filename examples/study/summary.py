@@ -31,35 +31,39 @@ class Row(NamedTuple):
         workload: its name.
         method: its name.
         tried: runs that tuning made.
-        tuned: what tuning chose, once it is through.
-        runs: the runs that count, by seed; none before the row is tuned.
+        tuned: what tuning chose, or has found best so far.
+        settled: whether tuning is through.
+        runs: the runs that count, by seed, at that setting.
     """
 
     workload: str
     method: str
     tried: int
     tuned: plan.Tuned | None
+    settled: bool
     runs: Mapping[int, Record]
 
 
 def collect(finished: Mapping[Job, Record]) -> dict[tuple[str, str], Row]:
-    """Every row on every workload, run or not."""
+    """Every row on every workload that it runs on, run or not."""
     rows = {}
-    for workload in (*workloads.NAMES, *workloads.SIZES):
-        for name, method in METHODS.items():
+    for name, method in METHODS.items():
+        for workload in plan.places(method, (*workloads.NAMES, *workloads.OTHERS)):
             own = {
                 job: record
                 for job, record in finished.items()
                 if (job.workload, job.method) == (workload, name)
             }
             state = plan.wanted(workload, workloads.STEPS, method, finished)
+            tuned = state.tuned or state.so_far
             runs = {
                 job.seed: record
                 for job, record in sorted(own.items())
-                if state.tuned and job.seed and job[2:4] == state.tuned
+                if tuned and job.seed and job[2:4] == tuned
             }
             tried = sum(job.seed == 0 for job in own)
-            rows[workload, name] = Row(workload, name, tried, state.tuned, runs)
+            settled = state.tuned is not None
+            rows[workload, name] = Row(workload, name, tried, tuned, settled, runs)
     return rows
 
 
@@ -101,10 +105,13 @@ def shares(row: Row, rows: Mapping[tuple[str, str], Row]) -> list[float]:
     AdamW rows at their best. A seed that does not come down to it counts as infinite.
     """
     found = []
+    apart = METHODS[row.method].part == "accumulation"
+    names = [name for name in ADAMW if (METHODS[name].part == "accumulation") == apart]
     for seed, record in row.runs.items():
         theirs = [
             run
-            for name in ADAMW
+            for name in names
+            if (row.workload, name) in rows
             for run in [rows[row.workload, name].runs.get(seed)]
             if run is not None and run.job.steps == record.job.steps
         ]

@@ -5,11 +5,14 @@ A row is one method; a new one is one entry here.
 
 from typing import Any, NamedTuple
 
+from study import workloads
 from study.methods import (
     SF_NORMUON,
     Build,
     Setting,
+    accumulated,
     adamw,
+    constant_adamw,
     fusion,
     muon,
     referred,
@@ -34,6 +37,7 @@ class Method(NamedTuple):
         base: the row at whose best rate the climb starts, in place of `centre`.
         climbs: whether other rates are tried.
         stretch: how many times longer than the workload's the runs are.
+        on: the workloads that it runs on; the four, and larger ones, if empty.
         name: how files and the command line call it.
         part: which question it belongs to.
     """
@@ -46,6 +50,7 @@ class Method(NamedTuple):
     base: str | None = None
     climbs: bool = True
     stretch: float = 1
+    on: tuple[str, ...] = ()
     name: str = ""
     part: str = ""
 
@@ -64,6 +69,10 @@ PARTS = {
     "decay": "which iterate is decayed",
     "settings": "settings of the recipe",
     "length": "longer and shorter runs",
+    "away": "a loss with a negative term",
+    "accumulation": "sixteen micro-batches a step",
+    "conv": "a convolutional network",
+    "shapes": "depth against width",
 }
 
 _MUON_LIKE = {"cosine": True, "momentum": 0.9, "nesterov": True}
@@ -94,17 +103,17 @@ _FIXED = {"centre": 8e-3, "decays": (0.05,), "climbs": False}
 
 _BASELINES = {
     "adamw": Method("AdamW, cosine", adamw(), centre=4e-3, seeds=5),
-    "adamw_rest": Method(
-        "AdamW, cosine, four times the rate for the rest",
-        adamw(rest=4.0),
-        centre=4e-3,
-        seeds=5,
-    ),
     "fixed": Method(
         "SF-NorMuon, no rule, rate 0.008 and decay 0.05", _RECIPE, seeds=5, **_FIXED
     ),
     "fixed_ratio": Method(
         "SF-NorMuon, ratio, rate 0.008 and decay 0.05", _RATIO, seeds=5, **_FIXED
+    ),
+    "adamw_rest": Method(
+        "AdamW, cosine, four times the rate for the rest",
+        adamw(rest=4.0),
+        centre=4e-3,
+        seeds=5,
     ),
     "normuon": Method("NorMuon, cosine", _NORMUON, seeds=5),
     "sf_normuon": Method("SF-NorMuon, no rule", _RECIPE, seeds=5),
@@ -258,11 +267,60 @@ _LENGTH = {
     )
 }
 
+_FULL = _with("mona", "shampoo", settings=_KL_EVERY_STEP)
+# Nothing is tuned: the lowest loss of the fit would be that of not moving at all.
+_AWAY_FROM = {
+    "decays": (0.05,),
+    "climbs": False,
+    "stretch": 0.5,
+    "on": tuple(workloads.AWAY),
+}
+
+_AWAY = {
+    "adamw_away": Method(
+        "AdamW, constant rate", constant_adamw, centre=1e-3, **_AWAY_FROM
+    ),
+    "sf_normuon_away": Method("SF-NorMuon, no rule", _RECIPE, **_AWAY_FROM),
+    "ratio_away": Method("SF-NorMuon, ratio", _RATIO, **_AWAY_FROM),
+    "full_away": Method("full, no rule", _FULL, **_AWAY_FROM),
+    "full_ratio_away": Method(
+        "full, ratio",
+        _with("mona", "shampoo", settings=_KL_EVERY_STEP, polyak_rule="ratio"),
+        **_AWAY_FROM,
+    ),
+}
+
+_ACCUMULATION = {
+    f"{name}_accumulation": _varied(
+        title, accumulated(build, 16), base=name, stretch=3, on=("lm", "digits")
+    )
+    for name, title, build in (
+        ("adamw", "AdamW, cosine", adamw()),
+        ("normuon", "NorMuon, cosine", _NORMUON),
+        ("sf_normuon", "SF-NorMuon, no rule", _RECIPE),
+    )
+}
+
+_CONV = {
+    f"{name}_conv": _BASELINES[name]._replace(seeds=3, on=("conv",))
+    for name in ("adamw", "adamw_rest", "normuon", "sf_normuon")
+}
+
+_SHAPES = {
+    f"blocks_{depth}x{width}": Method(
+        f"{depth} blocks of width {width}", _RECIPE, decays=(0.05,), on=(name,)
+    )
+    for name, (depth, width) in workloads.SHAPES.items()
+}
+
 METHODS: dict[str, Method] = {
     name: method._replace(name=name, part=part)
     for part, rows in zip(
         PARTS,
-        (_BASELINES, _RULES, _COMPONENTS, _DECAY, _SETTINGS, _LENGTH),
+        (
+            *(_BASELINES, _RULES, _COMPONENTS, _DECAY, _SETTINGS, _LENGTH),
+            *(_AWAY, _ACCUMULATION, _CONV, _SHAPES),
+        ),
         strict=True,
     )
     for name, method in rows.items()

@@ -1,4 +1,4 @@
-"""The four tasks: what they learn from, the model, the loss, how they are judged."""
+"""The tasks: what they learn from, the model, the loss, how they are judged."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -14,7 +14,7 @@ from dit_training.training import batch_rows
 import fusionopt_jax as fo
 from fusionopt_jax import dit
 from fusionopt_jax.dit.routing import ROUTING as DIT_ROUTING
-from study import glyphs, sources, transformer
+from study import away, convnet, glyphs, sources, transformer
 
 WIDTH, DEPTH = 128, 2
 """Both sides of every hidden matrix are at least 128, where spectral starts."""
@@ -64,13 +64,35 @@ NAMES = ("lm", "vit", "glyphs", "digits")
 SIZES = {"lm_256": 256, "lm_448": 448, "lm_640": 640}
 """The language model at other widths: 1.7, 5 and 10 million parameters."""
 
+SHAPES = {"digits_3x192": (3, 192), "digits_2x192": (2, 192), "digits_3x156": (3, 156)}
+"""The digits' DiT with other numbers of blocks and widths.
+
+The second and the third take two thirds of the arithmetic of the first.
+"""
+
+AWAY = {
+    f"away_{name}_{weight:g}": (name, weight)
+    for name in ("digits", "glyphs")
+    for weight in (0.9, 3.0)
+}
+"""A DiT that is pushed away from a trained one, and with what weight."""
+
+OTHERS = (*SIZES, *SHAPES, *AWAY, "conv")
+"""Tasks beside the four."""
+
 
 @lru_cache
 def get(name: str) -> Workload:
     """The workload of that name, its data read."""
     if name in SIZES:
         return _lm(name, SIZES[name])
-    return {"lm": _lm, "vit": _vit, "glyphs": _glyphs, "digits": _digits}[name]()
+    if name in SHAPES:
+        return _flow(name, *_images("digits"), *SHAPES[name])
+    if name in AWAY:
+        return _away(name, *AWAY[name])
+    made = {"lm": _lm, "vit": _vit, "conv": _conv}
+    made |= {"glyphs": _glyphs, "digits": _digits}
+    return made[name]()
 
 
 def keys_of(seed: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -141,29 +163,113 @@ def _vit() -> Workload:
     )
 
 
+def _conv() -> Workload:
+    """A convolutional classifier of the same characters."""
+    data = glyphs.load()
+    batch, classes = 32, len(data.class_names)
+
+    def validate(params: Any, held_out: Any) -> jax.Array:
+        images, labels = held_out
+        return _cross_entropy(convnet.apply(params, images), labels)
+
+    def loss(params: Any, train: Any, step: jax.Array, seed: jax.Array) -> jax.Array:
+        order, _ = keys_of(seed, step)
+        rows = batch_rows(order, step, len(train[1]), batch)
+        return validate(params, (train[0][rows], train[1][rows]))
+
+    return Workload(
+        name="conv",
+        init=lambda seed: convnet.init(jax.random.key(seed), classes),
+        loss=loss,
+        validate=validate,
+        train=(jnp.asarray(data.train_images), jnp.asarray(data.train_labels)),
+        held_out=(jnp.asarray(data.held_out_images), jnp.asarray(data.held_out_labels)),
+        routing=convnet.ROUTING,
+        unchunked=convnet.ROUTING,
+        digest=data.digest,
+    )
+
+
 def _glyphs() -> Workload:
     """A DiT of drawn characters; a font family held out."""
-    return _flow("glyphs", glyphs.load(), PATCH)
+    return _flow("glyphs", *_images("glyphs"))
 
 
 def _digits() -> Workload:
     """A DiT of handwritten digits; 400 images held out."""
-    return _flow("digits", images_data.load("digits"), 2)
+    return _flow("digits", *_images("digits"))
 
 
-def _flow(name: str, data: images_data.Dataset, patch: int) -> Workload:
-    """A small DiT that learns a rectified flow."""
-    batch = 32
-    config = dit.DiTConfig(
+def _config(
+    data: images_data.Dataset, patch: int, depth: int, width: int
+) -> dit.DiTConfig:
+    return dit.DiTConfig(
         input_size=data.train_images.shape[1],
         patch_size=patch,
         in_channels=1,
-        hidden_size=WIDTH,
-        depth=DEPTH,
+        hidden_size=width,
+        depth=depth,
         num_heads=transformer.HEADS,
         num_classes=len(data.class_names),
         learn_sigma=False,
     )
+
+
+def _away(name: str, task: str, weight: float) -> Workload:
+    """A trained DiT that goes on under a loss with a negative term."""
+    given = get(task)
+    data, patch = _images(task)
+    config = _config(data, patch, DEPTH, WIDTH)
+    reference = _reference(task)
+
+    def loss(params: Any, train: Any, step: jax.Array, seed: jax.Array) -> jax.Array:
+        images, labels, reference = train
+        # Other draws than those that the reference learnt from.
+        order, key = keys_of(seed + 1000, step)
+        rows = batch_rows(order, step, len(labels), 32)
+        images, labels = images[rows], labels[rows]
+        fit = dit.rectified_flow_loss(params, config, images, labels, key)
+        apart = away.distance(params, reference, config, images, labels, key)
+        return fit - weight * apart
+
+    def judge(params: Any) -> dict[str, float]:
+        images, labels = given.held_out
+        key = jax.random.key(0)
+        apart = away.distance(params, reference, config, images, labels, key)
+        found = given.judge(params) if given.judge else {}
+        return found | {"distance": float(apart)}
+
+    return given._replace(
+        name=name,
+        init=lambda _: jax.tree.map(jnp.copy, reference),
+        loss=loss,
+        train=(*given.train, reference),
+        judge=judge,
+    )
+
+
+@lru_cache
+def _reference(task: str) -> Any:
+    return away.trained(get(task))
+
+
+def _images(task: str) -> tuple[images_data.Dataset, int]:
+    """The images of a DiT, and the side of its patches."""
+    if task == "glyphs":
+        return glyphs.load(), PATCH
+    return images_data.load("digits"), 2
+
+
+def _flow(
+    name: str,
+    data: images_data.Dataset,
+    patch: int,
+    depth: int = DEPTH,
+    width: int = WIDTH,
+) -> Workload:
+    """A small DiT that learns a rectified flow."""
+    batch = 32
+    config = _config(data, patch, depth, width)
 
     def loss(params: Any, train: Any, step: jax.Array, seed: jax.Array) -> jax.Array:
         order, key = keys_of(seed, step)
@@ -186,7 +292,7 @@ def _flow(name: str, data: images_data.Dataset, patch: int) -> Workload:
         )
         sampler = dit.Sampler.euler(steps=25)
         images = dit.sample(params, config, None, noise, labels, sampler, cfg_scale=1.0)
-        images, model = np.asarray(images), _judge(name)
+        images, model = np.asarray(images), _judge(name.partition("_")[0])
         return {
             "frechet_distance": quality.frechet_distance(model, images),
             "label_accuracy": quality.label_accuracy(model, images, labels),
@@ -210,8 +316,7 @@ def _flow(name: str, data: images_data.Dataset, patch: int) -> Workload:
 
 @lru_cache
 def _judge(name: str) -> quality.Judge:
-    data = glyphs.load() if name == "glyphs" else images_data.load("digits")
-    return quality.fit_judge(data)
+    return quality.fit_judge(_images(name)[0])
 
 
 def _without_chunks(routing: fo.Routing) -> fo.Routing:

@@ -286,6 +286,21 @@ class TestStale:
         with pytest.raises(dit.StaleCacheError, match="other weights"):
             cache.check(deployed, CONFIG)
 
+    def test_running_average_beside_the_training(self, params):
+        average, trained, caches = params, params, []
+        for step in range(3):
+            trained = jax.tree.map(lambda leaf: 1.01 * leaf, trained)
+            average = optax.incremental_update(trained, average, 0.1)
+            caches.append(dit.build_cache(average, CONFIG, TIMES, LABELS))
+            for age, cache in enumerate(reversed(caches)):
+                if age == 0:
+                    cache.check(average, CONFIG)
+                else:
+                    with pytest.raises(dit.StaleCacheError, match="other weights"):
+                        cache.check(average, CONFIG)
+            with pytest.raises(dit.StaleCacheError, match="other weights"):
+                caches[step].check(trained, CONFIG)
+
     @pytest.mark.parametrize("path", PARTS)
     def test_message_names_the_weight(self, params, cache, path):
         changed = _edit(params, path, _one_bit)

@@ -18,9 +18,12 @@ except ImportError as error:
         'extra `checkpoints`: pip install "fusionopt-jax[checkpoints]".'
     ) from error
 
-from fusionopt_jax.checkpoints.restoring import (
+from fusionopt_jax.checkpoints.errors import (
     DamagedCheckpointError,
     DamagedCheckpointWarning,
+)
+from fusionopt_jax.checkpoints.exporting import export_safetensors, weights_digest
+from fusionopt_jax.checkpoints.restoring import (
     Restored,
     read_about,
     restore,
@@ -34,8 +37,10 @@ __all__ = [
     "DamagedCheckpointError",
     "DamagedCheckpointWarning",
     "Restored",
+    "export_safetensors",
     "read_about",
     "restore",
     "restore_deployed",
     "save",
+    "weights_digest",
 ]

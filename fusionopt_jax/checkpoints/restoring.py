@@ -1,28 +1,18 @@
 """Read the newest checkpoint that is as it was saved, into what it was saved from."""
 
-import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 
+from fusionopt_jax._optax import TransformLike
+from fusionopt_jax._paths import named_leaves
 from fusionopt_jax._types import Params, PyTree
-from fusionopt_jax.checkpoints import record
-from fusionopt_jax.checkpoints.echoes import without_echoes
+from fusionopt_jax.checkpoints import extras, processes, record
+from fusionopt_jax.checkpoints.reading import newest, read_items, read_record
+from fusionopt_jax.checkpoints.warming import warmed
+from fusionopt_jax.recipes.warm_start import WarmStartReport
 from fusionopt_jax.routing import Routing
-
-_T = TypeVar("_T")
-
-
-class DamagedCheckpointError(Exception):
-    """No checkpoint can be restored: files are missing, or hold something else."""
-
-
-class DamagedCheckpointWarning(UserWarning):
-    """A checkpoint newer than the one that was restored is damaged."""
 
 
 class Restored(NamedTuple):
@@ -36,6 +26,9 @@ class Restored(NamedTuple):
         skipped: The newer steps that are damaged, and what is wrong with each. Orbax
             writes no step before its latest, so delete them (`manager.delete(step)`)
             before going on.
+        extra: What was given to `save` as `extra`, if it was asked for.
+        report: What `warm_start` carried over, started and dropped, if it was asked
+            for.
     """
 
     step: int
@@ -43,6 +36,8 @@ class Restored(NamedTuple):
     opt_state: PyTree[Any]
     about: dict[str, Any]
     skipped: dict[int, str]
+    extra: PyTree[Any] = None
+    report: WarmStartReport | None = None
 
 
 def restore(
@@ -53,8 +48,13 @@ def restore(
     routing: Routing,
     step: int | None = None,
     check: Callable[[dict[str, Any]], None] | None = None,
+    extra: PyTree[Any] = None,
+    warm_start: TransformLike | None = None,
 ) -> Restored:
     """Reads the newest checkpoint whose every number is as it was saved.
+
+    Of several processes, every one calls it, and all come to the same step: what one of
+    them finds damaged is damaged.
 
     Args:
         manager: Where to look.
@@ -69,14 +69,24 @@ def restore(
             `DamagedCheckpointWarning` for each one skipped, the newest good one.
         check: Called with the `about` of the checkpoint before anything is compared or
             read; what it raises is raised.
+        extra: A tree like the one that was given to `save`, with any values: arrays
+            and keys, or a `jax.ShapeDtypeStruct` of each, say where they go, as for
+            `params`. `None` leaves what was saved.
+        warm_start: The optimiser whose state `opt_state` is, to go on with a checkpoint
+            of other components or another routing. The state is then that of
+            `fusionopt_jax.warm_start`: what the saved one has of it is carried over,
+            the rest starts anew. So does what the components kept of a leaf that is
+            routed in another way; its Schedule-Free iterates are carried. Look at the
+            `report`.
 
     Returns:
-        Step, parameters, state, `about`, and the newer steps that are damaged.
+        Step, parameters, state, `about`, the newer steps that are damaged, `extra` and
+        `report`.
 
     Raises:
         ValueError: If the checkpoint was written under another routing (it lists the
             leaves that moved), by another set of components (it names them), or with
-            other shapes or dtypes.
+            other shapes or dtypes; with `warm_start`, for that one's reasons.
         DamagedCheckpointError: If no checkpoint, or not the one asked for, is as it
             was saved; it says what is wrong with each.
         FileNotFoundError: If there is no checkpoint.
@@ -86,20 +96,38 @@ def restore(
     """
 
     def read(found: int) -> Restored:
-        content = _read_record(manager, found)
-        if check is not None:
-            check(content["about"])
-        routing.check(params, content["routing"])
-        record.check_arrays(content, "params", params)
-        record.check_components(content, params, opt_state)
-        record.check_arrays(content, "opt_state", opt_state)
-        trees = _read_items(
-            manager, found, content, {"params": params, "opt_state": opt_state}
+        content = read_record(manager, found)
+        with processes.together():
+            if check is not None:
+                check(content["about"])
+            record.check_arrays(content, "params", named_leaves(params))
+            if warm_start is None:
+                _check_routing(routing, params, content)
+                record.check_components(content, params, opt_state)
+                record.check_arrays(content, "opt_state", named_leaves(opt_state))
+            if extra is not None:
+                _check_saved(manager, found, content, extras.ITEM, "restore without it")
+                record.check_arrays(content, extras.ITEM, extras.leaves_of(extra))
+        targets = {"params": params}
+        if warm_start is None:
+            targets["opt_state"] = opt_state
+        trees = read_items(manager, found, content, targets, extra)
+        report = None
+        if warm_start is not None:
+            trees["opt_state"], report = warmed(
+                manager, found, content, trees["params"], opt_state, warm_start, routing
+            )
+        return Restored(
+            found,
+            trees["params"],
+            trees["opt_state"],
+            content["about"],
+            {},
+            trees.get(extras.ITEM),
+            report,
         )
-        restored = trees["params"], trees["opt_state"]
-        return Restored(found, *restored, content["about"], {})
 
-    restored, skipped = _newest(manager, step, read)
+    restored, skipped = newest(manager, step, read)
     return restored._replace(skipped=skipped)
 
 
@@ -138,16 +166,14 @@ def restore_deployed(
     """
 
     def read(found: int) -> Params:
-        content = _read_record(manager, found)
-        if "deployed" not in content["arrays"]:
-            raise ValueError(
-                f"The checkpoint of step {found} in {manager.directory} was saved "
-                "without `deployed`; use `restore` and `eval_params`."
-            )
-        record.check_arrays(content, "deployed", params)
-        return _read_items(manager, found, content, {"deployed": params})["deployed"]
+        content = read_record(manager, found)
+        with processes.together():
+            remedy = "use `restore` and `eval_params`"
+            _check_saved(manager, found, content, "deployed", remedy)
+            record.check_arrays(content, "deployed", named_leaves(params))
+        return read_items(manager, found, content, {"deployed": params})["deployed"]
 
-    return _newest(manager, step, read)[0]
+    return newest(manager, step, read)[0]
 
 
 def read_about(
@@ -179,136 +205,29 @@ def read_about(
         ...         checkpoints.read_about(manager)
         {'seed': 3}
     """
-    return _newest(manager, step, lambda found: _read_record(manager, found)["about"])[
-        0
-    ]
+    return newest(manager, step, lambda found: read_record(manager, found)["about"])[0]
 
 
-def _newest(
-    manager: ocp.CheckpointManager, step: int | None, read: Callable[[int], _T]
-) -> tuple[_T, dict[int, str]]:
-    """What `read` makes of the newest step that is not damaged, and those that are."""
-    manager.wait_until_finished()
-    steps = sorted(manager.all_steps(), reverse=True)
-    if not steps:
-        raise FileNotFoundError(f"No checkpoint in {manager.directory}.")
-    if step is not None and step not in steps:
-        raise FileNotFoundError(
-            f"No checkpoint of step {step} in {manager.directory}; there is "
-            f"{', '.join(map(str, reversed(steps)))}."
-        )
-    damage: dict[int, str] = {}
-    for candidate in steps if step is None else [step]:
-        try:
-            found = read(candidate)
-        except DamagedCheckpointError as error:
-            damage[candidate] = str(error)
-            continue
-        for number, reason in damage.items():
-            warnings.warn(
-                f"The checkpoint of step {number} in {manager.directory} is damaged: "
-                f"{reason}; that of step {candidate} is used.",
-                DamagedCheckpointWarning,
-                stacklevel=3,
-            )
-        return found, damage
-    raise DamagedCheckpointError(
-        f"No good checkpoint in {manager.directory}: "
-        + "; ".join(f"step {number}, {reason}" for number, reason in damage.items())
-        + "."
-    )
-
-
-def _read_record(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    """The record of a checkpoint, exactly as it was written."""
-    content = _read(manager, step, {record.ITEM: ocp.args.JsonRestore()})[record.ITEM]
-    if not record.intact(content):
-        raise DamagedCheckpointError(
-            "its record is not as it was saved, or was not written by `save`"
-        )
-    if content["format"] != record.FORMAT:
+def _check_routing(routing: Routing, params: Params, content: dict[str, Any]) -> None:
+    """Require the routing that the checkpoint was written under."""
+    try:
+        routing.check(params, content["routing"])
+    except ValueError as error:
         raise ValueError(
-            f"The checkpoint of step {step} in {manager.directory} has format "
-            f"{content['format']}; this version reads {record.FORMAT}."
-        )
-    return content
+            f"{error} `warm_start` does that for these leaves alone."
+        ) from None
 
 
-def _read_items(
+def _check_saved(
     manager: ocp.CheckpointManager,
     step: int,
     content: dict[str, Any],
-    targets: dict[str, PyTree[Any]],
-) -> dict[str, PyTree[Any]]:
-    """Trees of a checkpoint like the targets, their digests compared."""
-    restored = _read(
-        manager,
-        step,
-        {
-            item: ocp.args.StandardRestore(jax.tree.map(_orbax_target, tree))
-            for item, tree in targets.items()
-            if jax.tree.leaves(tree)
-        },
-    )
-    trees = {}
-    for item, target in targets.items():
-        tree = jax.tree.map(_placed, target, restored.get(item, target))
-        wrong = record.changed(content, item, tree)
-        if wrong:
-            raise DamagedCheckpointError(
-                f"{len(wrong)} of its arrays hold other numbers than were saved, "
-                f"{wrong[0]} first"
-            )
-        trees[item] = tree
-    return trees
-
-
-def _read(
-    manager: ocp.CheckpointManager, step: int, items: dict[str, Any]
-) -> dict[str, Any]:
-    """What Orbax reads; whatever it says of broken files becomes one error."""
-    try:
-        with without_echoes():
-            found = manager.restore(step, args=ocp.args.Composite(**items))
-        return dict(found.items())
-    except PermissionError:
-        raise
-    # Broken files end in nearly every class of error, out of four libraries.
-    except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DamagedCheckpointError(f"it can't be read: {first[:200]}") from error
-
-
-def _committed_sharding(leaf: Any) -> jax.sharding.Sharding | None:
-    """The sharding that a target asks for."""
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return leaf.sharding
-    return leaf.sharding if isinstance(leaf, jax.Array) and leaf.committed else None
-
-
-def _orbax_target(leaf: Any) -> Any:
-    """What makes Orbax restore a leaf onto its devices, or else to the host."""
-    if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-        return leaf
-    sharding = _committed_sharding(leaf)
-    if sharding is None and not _is_key(leaf):
-        # Orbax would pin the array, and a compiled step compile anew for that.
-        return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
-    if sharding is None:
-        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _placed(target: Any, leaf: Any) -> Any:
-    """A restored leaf where its target would be."""
-    if not isinstance(target, jax.Array | jax.ShapeDtypeStruct):
-        return leaf
-    if _committed_sharding(target) is None and _is_key(target):
-        words = jnp.asarray(np.asarray(jax.random.key_data(leaf)))
-        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
-    return jnp.asarray(leaf)
-
-
-def _is_key(leaf: Any) -> bool:
-    """Whether a leaf holds random keys, which the host can't."""
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    item: str,
+    remedy: str,
+) -> None:
+    """Require an item that not every checkpoint has."""
+    if item not in content["arrays"]:
+        raise ValueError(
+            f"The checkpoint of step {step} in {manager.directory} was saved without "
+            f"`{item}`; {remedy}."
+        )

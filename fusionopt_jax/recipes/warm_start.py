@@ -1,6 +1,7 @@
 """Continue a run under another set of components."""
 
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 
 from fusionopt_jax._checks import shape_text
 from fusionopt_jax._optax import TransformLike, accepting_extra_args
-from fusionopt_jax._paths import path_name
+from fusionopt_jax._paths import named_leaves, path_keys, path_name
 from fusionopt_jax._states import (
     Component,
     Entry,
@@ -21,8 +22,8 @@ from fusionopt_jax.iterates import (
     ScheduleFreeState,
     average_of,
     check_current,
-    schedule_free_states,
 )
+from fusionopt_jax.recipes.accumulate import AccumulateState
 from fusionopt_jax.transforms.gain import GainState
 
 # Measurements belong to the step that made them.
@@ -31,6 +32,11 @@ _NEVER_CARRIED = (GainState.__name__,)
 # `optax.inject_hyperparams` keeps the settings of an optimiser in its state; those of
 # the new one are wanted.
 _SETTINGS = "hyperparams"
+
+_SCHEDULE_FREE = ScheduleFreeState.__name__
+
+# What these keep of a parameter does not depend on how it is routed.
+_OF_THE_PARAMETERS = (_SCHEDULE_FREE, AccumulateState.__name__)
 
 
 class WarmStartReport(NamedTuple):
@@ -42,11 +48,14 @@ class WarmStartReport(NamedTuple):
         carried: In both states: taken over from the old one.
         started: Only in the new one: starts as `tx.init` makes it.
         dropped: Only in the old one: left behind.
+        moved: Leaves of the parameters that are routed in another way than before, and
+            start anew in what `carried` names; only `checkpoints.restore` allows them.
     """
 
     carried: tuple[str, ...]
     started: tuple[str, ...]
     dropped: tuple[str, ...]
+    moved: tuple[str, ...] = ()
 
 
 def warm_start(tx: TransformLike, params: Params, old_state: Any) -> Any:
@@ -87,8 +96,7 @@ def warm_start(tx: TransformLike, params: Params, old_state: Any) -> Any:
         Array([1., 1.], dtype=float32)
     """
     new_state = accepting_extra_args(tx).init(params)
-    leaves, _ = _carry(new_state, params, old_state)
-    return jax.tree.unflatten(jax.tree.structure(new_state), leaves)
+    return carry(new_state, params, _entries(old_state, params))[0]
 
 
 def warm_start_report(
@@ -117,19 +125,30 @@ def warm_start_report(
         WarmStartReport(carried=('TraceState',), started=('MONAState',), dropped=())
     """
     new_state = accepting_extra_args(tx).init(params)
-    return _carry(new_state, params, old_state)[1]
+    return carry(new_state, params, _entries(old_state, params))[1]
 
 
-def _carry(
-    new_state: Any, params: Params, old_state: Any
-) -> tuple[list[Any], WarmStartReport]:
-    """The leaves of the new state with what the old one has, and the report."""
-    containers = named_tuple_classes(params)
-    new = state_entries(new_state, containers)
-    old = state_entries(_with_average(old_state, new_state, params), containers)
-    _check_groups(new, old, params)
+def _entries(state: Any, params: Params) -> list[Entry]:
+    """What a state holds."""
+    return state_entries(state, named_tuple_classes(params))
+
+
+def carry(
+    new_state: Any, params: Params, old: list[Entry], moved: Collection[str] = ()
+) -> tuple[Any, WarmStartReport]:
+    """A new state with what an old one has, and the report.
+
+    Args:
+        new_state: What the new optimiser starts from.
+        params: The training parameters that belong to the old state.
+        old: What the old state holds; of paths only the names count.
+        moved: Names of parameters that start anew where they are routed.
+    """
+    new = _entries(new_state, params)
+    old = _with_averages(old, new, params)
+    _check_groups(new, old, params, moved)
     _check_unambiguous(new, old)
-    known = {(entry.component, entry.path): entry.leaf for entry in old}
+    known = {(entry.component, path_keys(entry.path)): entry.leaf for entry in old}
     components = _fields(old)
     leaves, carried, started = [], [], []
     for entry in new:
@@ -142,15 +161,19 @@ def _carry(
         elif field not in components[component]:
             leaves.append(entry.leaf)
             started.append(f"{component.title}.{field}")
+        elif component.kind not in _OF_THE_PARAMETERS and _is_of(entry, moved):
+            leaves.append(entry.leaf)
         else:
-            leaves.append(_checked(entry, known.get((component, entry.path))))
+            leaves.append(
+                _checked(entry, known.get((component, path_keys(entry.path))))
+            )
             carried.append(component.title)
     if not carried:
+        held = ", ".join(component.title for component in components) or "nothing"
         raise ValueError(
-            "`warm_start` found nothing to carry: the old state (of type "
-            f"{type(old_state).__name__}) and the new optimiser share no component in "
-            "the same group. Pass the whole state of the optimiser so far, or start "
-            "with `tx.init(params)`."
+            f"`warm_start` found nothing to carry: the old state (with {held}) and the "
+            "new optimiser share no component in the same group. Pass the whole state "
+            "of the optimiser so far, or start with `tx.init(params)`."
         )
     new_components = _fields(new)
     dropped = [
@@ -158,7 +181,10 @@ def _carry(
         for component in components
         if component not in new_components and component.kind not in _NEVER_CARRIED
     ]
-    return leaves, WarmStartReport(_unique(carried), _unique(started), _unique(dropped))
+    state = jax.tree.unflatten(jax.tree.structure(new_state), leaves)
+    return state, WarmStartReport(
+        _unique(carried), _unique(started), _unique(dropped), tuple(sorted(moved))
+    )
 
 
 def _checked(entry: Entry, old: Array | None) -> Array:
@@ -179,11 +205,17 @@ def _checked(entry: Entry, old: Array | None) -> Array:
     return jnp.asarray(old, entry.leaf.dtype)
 
 
-def _check_groups(new: list[Entry], old: list[Entry], params: Params) -> None:
-    """Require that every leaf is in the group that it was in."""
-    names = {
-        path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]
-    }
+def _is_of(entry: Entry, names: Collection[str]) -> bool:
+    """Whether a leaf of a state belongs to one of these parameters."""
+    keys = path_keys(entry.path[1:])
+    return any("/".join(keys[:end]) in names for end in range(1, len(keys) + 1))
+
+
+def _check_groups(
+    new: list[Entry], old: list[Entry], params: Params, moved: Collection[str]
+) -> None:
+    """Require that every leaf is in the group that it was in, but for these."""
+    names = {name for name, _ in named_leaves(params)}.difference(moved)
 
     def groups(found: list[Entry]) -> dict[str, set[str]]:
         """The groups in which each parameter has state."""
@@ -195,15 +227,15 @@ def _check_groups(new: list[Entry], old: list[Entry], params: Params) -> None:
         return members
 
     before, now = groups(old), groups(new)
-    moved = [
+    others = [
         f"  {name}: was in {_listed(before[name])}, now in {_listed(now[name])}"
         for name in sorted(names)
         if name in before and name in now and before[name] != now[name]
     ]
-    if moved:
+    if others:
         raise ValueError(
             "`warm_start`: the routing differs. These leaves moved:\n"
-            + "\n".join(moved)
+            + "\n".join(others)
             + "\nBuild the new optimiser with the old routing, or start with "
             "`tx.init(params)`."
         )
@@ -230,38 +262,66 @@ def _check_unambiguous(new: list[Entry], old: list[Entry]) -> None:
             )
 
 
-def _with_average(old_state: Any, new_state: Any, params: Params) -> Any:
-    """The old state, its Schedule-Free averages written out where the new has them."""
-    old_ones, new_ones = (
-        schedule_free_states(old_state),
-        schedule_free_states(new_state),
+def _with_averages(old: list[Entry], new: list[Entry], params: Params) -> list[Entry]:
+    """What is old, with Schedule-Free's averages written out where the new has them."""
+    averages = [
+        component
+        for component, fields in _fields(new).items()
+        if component.kind == _SCHEDULE_FREE and "x" in fields
+    ]
+    old_ones = {
+        component: fields
+        for component, fields in _fields(old).items()
+        if component.kind == _SCHEDULE_FREE
+    }
+    if not averages:
+        kept = any(entry.component.kind == _SCHEDULE_FREE for entry in new)
+        if kept and any(
+            _unrecoverable(old, c) for c, f in old_ones.items() if "x" in f
+        ):
+            raise ValueError(
+                "`warm_start`: the old `schedule_free` ran with `b1`=0, so its average "
+                "can't be recovered from the parameters, and the new one does not keep "
+                "it. Build the new one with `keep_average=True`."
+            )
+        return old
+    written = list(old)
+    for component, fields in old_ones.items():
+        if "x" not in fields:
+            written += _average(old, component, params)
+    return written
+
+
+def _average(old: list[Entry], component: Component, params: Params) -> list[Entry]:
+    """The average of a Schedule-Free state that does not keep it."""
+    own = [entry for entry in old if entry.component == component]
+    scalars = {_field(entry): entry.leaf for entry in own if len(entry.path) == 1}
+    paths = [entry.path[1:] for entry in own if _field(entry) == "z"]
+    # Ordered as the leaves are, since the sample of y is.
+    z = OrderedDict(
+        (path_name(entry.path[1:]), entry.leaf) for entry in own if _field(entry) == "z"
     )
-    wanted = any(one.x is not None for one in new_ones)
-    if not wanted and new_ones and any(_unrecoverable(one) for one in old_ones):
-        raise ValueError(
-            "`warm_start`: the old `schedule_free` ran with `b1`=0, so its average "
-            "can't be recovered from the parameters, and the new one does not keep it. "
-            "Build the new one with `keep_average=True`."
-        )
-    leaves = dict(jax.tree_util.tree_flatten_with_path(params)[0])
-
-    def complete(node: Any) -> Any:
-        if not isinstance(node, ScheduleFreeState) or node.x is not None:
-            return node
-        own = jax.tree_util.tree_map_with_path(lambda path, _: leaves[path], node.z)
-        check_current(node, own, "warm_start")
-        return node._replace(x=average_of(node, own))
-
-    if not wanted:
-        return old_state
-    return jax.tree.map(
-        complete, old_state, is_leaf=lambda node: isinstance(node, ScheduleFreeState)
+    leaves = dict(named_leaves(params))
+    y = OrderedDict((name, leaves[name]) for name in z)
+    names = ("count", "b1", "weight_sum", "max_learning_rate", "y_sample")
+    state = ScheduleFreeState(
+        **{name: scalars[name] for name in names}, z=z, x=None, inner_state=None
     )
+    check_current(state, y, "warm_start")
+    return [
+        Entry(component, (jax.tree_util.GetAttrKey("x"), *path), leaf)
+        for path, leaf in zip(paths, average_of(state, y).values(), strict=True)
+    ]
 
 
-def _unrecoverable(state: ScheduleFreeState) -> bool:
+def _unrecoverable(old: list[Entry], component: Component) -> bool:
     """Whether only the state itself holds its average."""
-    return state.x is not None and float(np.asarray(state.b1)) == 0.0
+    return any(
+        entry.component == component
+        and _field(entry) == "b1"
+        and float(np.asarray(entry.leaf)) == 0.0
+        for entry in old
+    )
 
 
 def _fields(found: list[Entry]) -> dict[Component, set[str]]:

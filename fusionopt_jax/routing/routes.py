@@ -114,13 +114,9 @@ def check(routes: Sequence[Route], saved: str) -> None:
     Raises:
         ValueError: If it is none, or leaves differ; it lists them.
     """
-    before = _read(saved)
-    now = _read(fingerprint(routes))
     moved = [
         f"  {path}: saved as {was}, now {is_now}"
-        for path in sorted({*now, *before})
-        for was, is_now in [_difference(before.get(path), now.get(path))]
-        if was != is_now
+        for path, was, is_now in differences(routes, saved)
     ]
     if moved:
         raise ValueError(
@@ -129,6 +125,22 @@ def check(routes: Sequence[Route], saved: str) -> None:
             + "\nRestore with the routing that it was written with, or start the "
             "optimiser state anew."
         )
+
+
+def differences(routes: Sequence[Route], saved: str) -> list[tuple[str, str, str]]:
+    """The leaves that a saved fingerprint has otherwise, and both sides in words.
+
+    Raises:
+        ValueError: If it is no fingerprint.
+    """
+    before = _read(saved)
+    now = _read(fingerprint(routes))
+    return [
+        (path, was, is_now)
+        for path in sorted({*now, *before})
+        for was, is_now in [_difference(before.get(path), now.get(path))]
+        if was != is_now
+    ]
 
 
 def _read(text: str) -> dict[str, list[str]]:

@@ -1,0 +1,348 @@
+"""Checkpoints that go on elsewhere: other devices, other optimisers, other programs."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import chex
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+import safetensors
+import safetensors.flax
+import safetensors.numpy
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import fusionopt_jax as fo
+from fusionopt_jax import checkpoints, dit
+
+ROUTING = fo.Routing(min_dim=8, stacked=["layers"])
+SF_NORMUON = ("ns5", "normuon", "sf")
+FULL = ("ns5", "normuon", "mona", "shampoo", "sf")
+SPECS = {
+    "layers": {"kernel": PartitionSpec("x", None, None), "bias": PartitionSpec()},
+    "head": PartitionSpec(None, "x"),
+}
+
+
+def parameters(scale=1.0):
+    """A stack of matrices and a single one, the same on every machine."""
+    rng = np.random.default_rng(5)
+    return {
+        "layers": {
+            "kernel": scale * rng.normal(size=(8, 16, 24)).astype(np.float32),
+            "bias": np.ones((8, 24), np.float32),
+        },
+        "head": rng.normal(size=(24, 16)).astype(np.float32),
+    }
+
+
+def optimizer(components, routing=ROUTING):
+    return fo.fusion_opt(1e-2, components=components, routing=routing)
+
+
+def placed(params, devices):
+    """Parameters divided among the first few devices."""
+    mesh = jax.make_mesh(
+        (devices,), ("x",), (AxisType.Auto,), devices=jax.devices()[:devices]
+    )
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), SPECS)
+    return jax.device_put(params, shardings)
+
+
+def after_steps(tx, params, count=2):
+    """Parameters and state whose numbers are not those of `init`."""
+    update, state = jax.jit(tx.update), tx.init(params)
+    for number in range(count):
+        grads = jax.tree.map(jnp.sin, optax.tree.scale(2.0 + number, params))
+        updates, state = update(grads, state, params, value=jnp.float32(2.0))
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+@pytest.fixture
+def manager(tmp_path):
+    with ocp.CheckpointManager(tmp_path.resolve()) as manager:
+        yield manager
+
+
+def identical(first, second):
+    """Whether two trees are the same to the last bit."""
+    pairs = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
+    return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    "components",
+    [SF_NORMUON, pytest.param(FULL, marks=pytest.mark.exhaustive)],
+    ids=["SF-NorMuon", "full set"],
+)
+def test_saved_on_eight_devices_and_restored_on_fewer(components, manager, tmp_path):
+    tx = optimizer(components)
+    params, state = after_steps(tx, placed(parameters(), 8))
+    wanted = jax.device_get(fo.eval_params(state, params))
+    checkpoints.save(manager, 2, params, state, routing=ROUTING)
+    for devices in (1, 2, 4):
+        target = placed(parameters(), devices)
+        found = checkpoints.restore(manager, target, tx.init(target), routing=ROUTING)
+        assert found.params["head"].sharding == target["head"].sharding
+        assert identical(found.opt_state, state)
+        assert identical(fo.eval_params(found.opt_state, found.params), wanted)
+
+
+OTHER_COUNT = """
+import pathlib, sys
+import jax, numpy as np, orbax.checkpoint as ocp
+jax.config.update("jax_num_cpu_devices", 2)
+import fusionopt_jax as fo
+from fusionopt_jax import checkpoints
+from tests import test_checkpoints_elsewhere as here
+tx = here.optimizer(sys.argv[2].split(","))
+target = here.placed(here.parameters(), 2)
+with ocp.CheckpointManager(sys.argv[1]) as manager:
+    found = checkpoints.restore(manager, target, tx.init(target), routing=here.ROUTING)
+average = fo.eval_params(found.opt_state, found.params)
+sys.stdout.write(checkpoints.weights_digest(average))
+"""
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    "components", [SF_NORMUON, FULL], ids=["SF-NorMuon", "full set"]
+)
+def test_restored_where_there_are_two_devices(components, manager):
+    tx = optimizer(components)
+    params, state = after_steps(tx, placed(parameters(), 8))
+    checkpoints.save(manager, 2, params, state, routing=ROUTING)
+    manager.wait_until_finished()
+    ended = subprocess.run(
+        [sys.executable, "-c", OTHER_COUNT, manager.directory, ",".join(components)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=pathlib.Path(__file__).parents[1],
+    )
+    digest = checkpoints.weights_digest(fo.eval_params(state, params))
+    assert ended.stdout == digest, ended.stderr[-2000:]
+
+
+def test_going_on_with_other_components(manager):
+    old, new = optimizer(SF_NORMUON), optimizer(("ns5", "normuon", "mona", "sf"))
+    params, state = after_steps(old, placed(parameters(), 8))
+    checkpoints.save(manager, 2, params, state, routing=ROUTING)
+    # No old optimiser, and other devices: the new state and the folder are all.
+    target = placed(parameters(), 4)
+    with pytest.raises(ValueError, match=r"no state of spectral/MONAState.*warm_start"):
+        checkpoints.restore(manager, target, new.init(target), routing=ROUTING)
+    found = checkpoints.restore(
+        manager, target, new.init(target), routing=ROUTING, warm_start=new
+    )
+    assert identical(found.params, params)
+    assert identical(found.opt_state, fo.warm_start(new, params, state))
+    assert found.report == fo.warm_start_report(new, params, state)
+    assert found.report.started == ("spectral/MONAState",)
+    assert found.opt_state.inner_state.z["head"].sharding == target["head"].sharding
+
+
+def test_another_optimiser_starts_from_the_saved_weights(manager):
+    """Not from those that `opt_state` was made of."""
+    old, new = optimizer(("ns5",)), optimizer(("ns5", "sf"))
+    params, state = after_steps(old, parameters())
+    checkpoints.save(manager, 2, params, state, routing=ROUTING)
+    fresh = new.init(parameters(3.0))
+    found = checkpoints.restore(
+        manager, parameters(), fresh, routing=ROUTING, warm_start=new
+    )
+    assert identical(fo.fast_params(found.opt_state, found.params), params)
+
+
+def test_an_average_that_only_the_new_one_keeps(manager):
+    old = fo.schedule_free(optax.scale_by_adam(b1=0.0), 1e-2)
+    new = fo.schedule_free(optax.scale_by_adam(b1=0.0), 1e-2, keep_average=True)
+    params, state = after_steps(old, parameters())
+    checkpoints.save(manager, 2, params, state, routing=ROUTING)
+    found = checkpoints.restore(
+        manager, params, new.init(params), routing=ROUTING, warm_start=new
+    )
+    assert found.opt_state.x is not None
+    assert identical(found.opt_state.x, fo.eval_params(state, params))
+
+
+def test_going_on_under_another_routing(manager):
+    other = fo.Routing(min_dim=8, stacked=["layers"], force_scalar=["head"])
+    old, new = optimizer(SF_NORMUON), optimizer(SF_NORMUON, other)
+    params, state = after_steps(old, parameters())
+    checkpoints.save(manager, 2, params, state, routing=ROUTING)
+    fresh = new.init(params)
+    with pytest.raises(ValueError, match=r"head: saved as spectral.*`warm_start`"):
+        checkpoints.restore(manager, params, fresh, routing=other)
+    found = checkpoints.restore(manager, params, fresh, routing=other, warm_start=new)
+    assert found.report.moved == ("head",)
+    # What belongs to the weights goes on, also of the leaf that moved.
+    assert identical(found.opt_state.inner_state.z, state.inner_state.z)
+    assert identical(
+        fo.eval_params(found.opt_state, found.params), fo.eval_params(state, params)
+    )
+    groups = found.opt_state.inner_state.inner_state.inner_states
+    before = state.inner_state.inner_state.inner_states
+    adam = optax.tree.get(groups["scalar"], "mu")
+    assert not np.any(adam["head"])
+    assert identical(
+        adam["layers"]["bias"], optax.tree.get(before["scalar"], "mu")["layers"]["bias"]
+    )
+    assert identical(
+        optax.tree.get(groups["spectral"], "trace")["layers"]["kernel"],
+        optax.tree.get(before["spectral"], "trace")["layers"]["kernel"],
+    )
+
+
+def test_what_warm_start_refuses_is_refused(manager):
+    params = {"w": jnp.ones((8, 8))}
+    checkpoints.save(manager, 1, params, (), routing=fo.Routing())
+    tx = optax.trace(0.9)
+    with pytest.raises(ValueError, match="nothing to carry"):
+        checkpoints.restore(
+            manager, params, tx.init(params), routing=fo.Routing(), warm_start=tx
+        )
+    with pytest.raises(ValueError, match="must be a state of the optimiser"):
+        checkpoints.restore(manager, params, (), routing=fo.Routing(), warm_start=tx)
+
+
+def test_a_damaged_old_state_is_noticed(manager):
+    old, new = optax.trace(0.9), optax.chain(fo.mona(), optax.trace(0.9))
+    params = {"w": jnp.ones((8, 8))}
+    for step in (1, 2):
+        state = old.update(params, old.init(params))[1]
+        state = optax.tree.scale(step, state)
+        checkpoints.save(manager, step, params, state, routing=fo.Routing())
+    manager.wait_until_finished()
+    one, two = (manager.directory / str(step) / "opt_state" for step in (1, 2))
+    two.rmtree()
+    one.rename(two)
+    with pytest.raises(checkpoints.DamagedCheckpointError, match="hold other numbers"):
+        checkpoints.restore(
+            manager,
+            params,
+            new.init(params),
+            routing=fo.Routing(),
+            step=2,
+            warm_start=new,
+        )
+
+
+def test_exported_weights_are_what_safetensors_reads(tmp_path):
+    params = placed(parameters(), 8)
+    half = params | {"half": jnp.asarray([1.0, -2.5, jnp.nan], jnp.bfloat16)}
+    half |= {"flags": np.array([True, False]), "count": jnp.int32(7)}
+    half |= {"empty": jnp.zeros((0, 3), jnp.float16), "big": np.arange(3, dtype=">f8")}
+    path = tmp_path / "weights.safetensors"
+    checkpoints.export_safetensors(path, half, step=40, metadata={"licence": "CC0-1.0"})
+    names = ["big", "count", "empty", "flags", "half", "head"]
+    names += ["layers/bias", "layers/kernel"]
+    with safetensors.safe_open(path, "flax") as file:
+        assert sorted(file.keys()) == names
+        kept = file.metadata()
+        # JAX would round what has eight bytes.
+        read = {name: file.get_tensor(name) for name in names if name != "big"}
+    assert kept == {
+        "format": "flax",
+        "step": "40",
+        "licence": "CC0-1.0",
+        "digest": checkpoints.weights_digest(half),
+    }
+    assert read["half"].dtype == jnp.bfloat16
+    for name, leaf in read.items():
+        keys = name.split("/")
+        wanted = half[keys[0]][keys[1]] if len(keys) > 1 else half[name]
+        assert leaf.shape == np.shape(wanted), name
+        assert np.asarray(leaf).tobytes() == np.asarray(wanted).tobytes(), name
+    as_numpy = safetensors.numpy.load_file(path)
+    np.testing.assert_array_equal(as_numpy["big"], np.arange(3.0))
+    assert as_numpy["half"].dtype == ml_dtypes.bfloat16
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_digest_of_a_file_is_that_of_its_weights(tmp_path):
+    params = parameters()
+    path = tmp_path / "weights.safetensors"
+    checkpoints.export_safetensors(path, params, routing=ROUTING)
+    with safetensors.safe_open(path, "np") as file:
+        kept = file.metadata()
+    ROUTING.check(params, kept["routing"])
+    read = safetensors.numpy.load_file(path)
+    assert checkpoints.weights_digest(read) == kept["digest"]
+    read["head"] = read["head"].copy()
+    read["head"][0, 0] += 1
+    assert checkpoints.weights_digest(read) != kept["digest"]
+
+
+def test_the_weights_of_a_dit(tmp_path):
+    config = dit.DiTConfig(
+        input_size=4,
+        in_channels=1,
+        patch_size=2,
+        hidden_size=32,
+        depth=2,
+        num_heads=2,
+        num_classes=3,
+    )
+    params = dit.init_params(config, 0)
+    path = tmp_path / "dit.safetensors"
+    checkpoints.export_safetensors(path, params)
+    read = safetensors.flax.load_file(path)
+    nested: dict = {}
+    for name, leaf in read.items():
+        *folders, last = name.split("/")
+        place = nested
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[last] = leaf
+    chex.assert_trees_all_equal(nested, jax.tree.map(np.asarray, params))
+
+
+@pytest.mark.parametrize(
+    ("params", "error", "said"),
+    [
+        ({"key": jax.random.key}, TypeError, "leaf 'key'"),
+        ({"small": np.zeros(2, ml_dtypes.int4)}, TypeError, "leaf 'small', int4"),
+        ({"a": {"b": np.zeros(1)}, "a/b": np.zeros(1)}, ValueError, "'a/b' twice"),
+        (np.zeros(1), ValueError, "name ''"),
+    ],
+)
+def test_what_the_format_has_no_place_for(params, error, said, tmp_path):
+    with pytest.raises(error, match=said):
+        checkpoints.export_safetensors(tmp_path / "w.safetensors", params)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_names_and_metadata_are_refused(tmp_path):
+    params = {"w": np.zeros(1)}
+    with pytest.raises(ValueError, match=r"end in .safetensors, got 'w.bin'"):
+        checkpoints.export_safetensors(tmp_path / "w.bin", params)
+    path = tmp_path / "w.safetensors"
+    with pytest.raises(ValueError, match="can't name 'step'"):
+        checkpoints.export_safetensors(path, params, metadata={"step": "1"})
+    with pytest.raises(TypeError, match="text by text"):
+        checkpoints.export_safetensors(
+            path, params, metadata={"config": json.loads("{}")}
+        )
+
+
+def test_a_failed_export_leaves_the_older_file(tmp_path, monkeypatch):
+    path = tmp_path / "w.safetensors"
+    checkpoints.export_safetensors(path, {"w": np.zeros(1)})
+    before = path.read_bytes()
+
+    def full(_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        checkpoints.export_safetensors(path, {"w": np.ones(1)})
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]

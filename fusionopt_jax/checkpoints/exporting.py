@@ -190,14 +190,11 @@ def _head(leaves: list[tuple[str, Any]], metadata: dict[str, str]) -> bytes:
 
 
 def _gathered(leaf: Any) -> np.ndarray:
-    """A leaf on the host, its bytes in the order that the format has."""
+    """The bytes of a leaf, on the host."""
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         leaf = multihost_utils.process_allgather(leaf, tiled=True)
-    array = np.ascontiguousarray(leaf)
-    if array.dtype.byteorder == ">":
-        array = array.astype(array.dtype.newbyteorder("<"))
     # Bytes, since not every dtype of JAX has a buffer that Python knows.
-    return array.reshape(-1).view(np.uint8)
+    return np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
 
 
 def _write_whole(path: pathlib.Path, head: bytes, arrays: Iterator[np.ndarray]) -> None:

@@ -209,6 +209,22 @@ def test_what_warm_start_refuses_is_refused(manager):
         checkpoints.restore(manager, params, (), routing=fo.Routing(), warm_start=tx)
 
 
+def test_random_keys_of_the_old_state_are_carried_or_dropped(manager):
+    noise = [optax.add_noise(0.1, 0.5, jax.random.key(seed)) for seed in (1, 2)]
+    old = optax.chain(optax.trace(0.9), noise[0])
+    params, routing = {"w": jnp.ones((8, 8))}, fo.Routing()
+    state = old.init(params)
+    checkpoints.save(manager, 1, params, state, routing=routing)
+    for rest in ((noise[1],), ()):
+        new = optax.chain(optax.trace(0.9), *rest, fo.mona())
+        found = checkpoints.restore(
+            manager, params, new.init(params), routing=routing, warm_start=new
+        )
+        assert found.report == fo.warm_start_report(new, params, state)
+        if rest:
+            assert found.opt_state[1].rng_key == state[1].rng_key
+
+
 def test_a_damaged_old_state_is_noticed(manager):
     old, new = optax.trace(0.9), optax.chain(fo.mona(), optax.trace(0.9))
     params = {"w": jnp.ones((8, 8))}

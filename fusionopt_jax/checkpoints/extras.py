@@ -83,6 +83,14 @@ def key_of(words: Any, like: Any) -> jax.Array:
     return jax.random.wrap_key_data(jnp.asarray(words), impl=kinds[0])
 
 
+def as_described(leaf: Any, described: str) -> Any:
+    """What was read, or the key whose words it is, by what the record says of it."""
+    for kind in ("threefry2x32", "rbg", "unsafe_rbg"):
+        if described.startswith(f"{jax.random.key(0, impl=kind).dtype}["):
+            return jax.random.wrap_key_data(jnp.asarray(leaf), impl=kind)
+    return leaf
+
+
 def _leaf(name: str, leaf: Any) -> Any:
     if type(leaf) in _PLAIN.values():
         held = leaf.hex() if isinstance(leaf, bytes) else leaf

@@ -10,7 +10,7 @@ from fusionopt_jax._optax import TransformLike, accepting_extra_args
 from fusionopt_jax._paths import named_leaves, path_keys
 from fusionopt_jax._states import named_tuple_classes, state_entries
 from fusionopt_jax._types import Params, PyTree
-from fusionopt_jax.checkpoints import processes, record
+from fusionopt_jax.checkpoints import extras, processes, record
 from fusionopt_jax.checkpoints.errors import DamagedCheckpointError
 from fusionopt_jax.checkpoints.reading import (
     check_digests,
@@ -102,9 +102,14 @@ def _saved_leaves(
         restored = orbax_read(
             manager, step, {"opt_state": ocp.args.StandardRestore(target)}
         )
-        leaves = list(zip(names, jax.tree.leaves(restored["opt_state"]), strict=True))
         if sorted(names) != sorted(described):
             raise DamagedCheckpointError("its state has other leaves than were saved")
+        leaves = [
+            (name, extras.as_described(leaf, described[name]))
+            for name, leaf in zip(
+                names, jax.tree.leaves(restored["opt_state"]), strict=True
+            )
+        ]
     check_digests(content, {"opt_state": leaves})
     return leaves
 
@@ -112,7 +117,8 @@ def _saved_leaves(
 def _target(like: Any, saved: Any) -> Any:
     """What makes Orbax restore a leaf where another one lies, or else to the host."""
     sharding = None if like is None else committed_sharding(like)
-    if sharding is None:
+    # Of a key there are words here, which have another shape.
+    if sharding is None or extras.is_key(like):
         return np.broadcast_to(np.zeros((), saved.dtype), saved.shape)
     return jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=sharding)
 

@@ -80,8 +80,10 @@ def asked_guidance(
         ValueError: If a setting is out of range, or has no effect.
 
     Example:
-        >>> asked_guidance(1.0, None, None), asked_guidance(4.0, 3, None).channels
-        (None, 3)
+        >>> asked_guidance(1.0, 3, None)
+        Traceback (most recent call last):
+        ...
+        ValueError: `cfg_channels` has no effect with cfg_scale=1, which is no ...
     """
     guidance = Guidance(channels, interval)
     if not (isinstance(cfg_scale, int | float) and cfg_scale == 1.0):

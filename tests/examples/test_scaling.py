@@ -1,0 +1,89 @@
+"""The formulas of the scaling page, against programs and against sums by hand."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "examples" / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def script():
+    """`examples/benchmarks/scaling.py`, whose directory its imports need."""
+    sys.path.insert(0, str(SCRIPTS))
+    yield importlib.import_module("scaling")
+    sys.path.remove(str(SCRIPTS))
+
+
+def check(script, name, optimiser, exchange):
+    row = script.check(name, script.SMALL[name], optimiser, 8)
+    # Besides, the program holds a few scalars.
+    assert row["held"] <= row["held, XLA"] <= row["held"] + 1024
+    assert row["MFLOP, XLA"] == row["MFLOP"]
+    assert row["temporary, XLA"] <= row["temporary"]
+    # An entry of each matrix that `schedule_free` keeps costs its row: an m-th of it.
+    assert row["received"] <= row["received, XLA"] <= exchange * row["received"]
+
+
+def test_formulas_are_those_of_a_program(script):
+    check(script, "uneven", "SF-NorMuon", 1.1)
+
+
+@pytest.mark.exhaustive
+def test_formulas_are_those_of_another_program(script):
+    check(script, "even", "SF-NorMuon", 1.1)
+
+
+def test_bytes_of_a_large_network(script):
+    """By hand, of a transformer of 10 billion on 8 devices."""
+    network = script.model.NETWORKS["transformer 10 B"]
+    matrices, table = 12 * 32 * 5120**2, 32768 * 5120
+    norms, neurons = 2 * 32 * 5120, 32 * (3 + 1 + 4 + 1) * 5120
+    plain = script.model.cost(network, script.model.SF_NORMUON, 8)
+    full = script.model.cost(network, script.model.FULL_SET, 8)
+    assert plain.parameters == plain.gradients == (matrices + table + norms) / 2
+    rest = 12 * (table + norms)
+    assert plain.state == (8 * matrices + rest) / 8 + 4 * neurons
+    # Both sides of the square matrices, the shorter one of the three others.
+    a_side = 5121 * 2560 + 5120**2 + 5120
+    assert full.state - plain.state == 4 * (matrices + 32 * 5 * a_side) / 8
+
+
+def test_the_page_has_the_tables_of_the_script(script, capsys):
+    rows = script.main([])["rows"]
+    assert len(rows) == 6 * 3
+    printed = capsys.readouterr().out
+    page = (SCRIPTS.parents[1] / "docs" / "scaling.md").read_text()
+    for columns in (script.COSTS, script.TIMES):
+        assert script.markdown(rows, columns) in printed
+        assert script.markdown(rows, columns) in page
+
+
+LOOP = """
+HloModule m
+
+%body (p: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %p = (s32[], f32[4,8]{1,0}) parameter(0)
+  %x = f32[4,8]{1,0} get-tuple-element(%p), index=1
+  %d = f32[4,4]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+}
+
+ENTRY %main (a: f32[4,8]) -> f32[4,8] {
+  %a = f32[4,8]{1,0} parameter(0)
+  %w = (s32[], f32[4,8]{1,0}) while(%t), condition=%c, body=%body, TRIPS
+  %g = f32[32,8]{1,0} all-gather(%a), replica_groups=[1,8]<=[8], dimensions={0}
+}
+"""
+
+
+def test_loops_are_counted_as_often_as_they_run(script):
+    known = 'backend_config={"known_trip_count":{"n":"5"}}'
+    text = LOOP.replace("condition=%c, ", "")
+    program = script.programs.read(text.replace("TRIPS", known))
+    assert program.flops == 5 * 2 * 4 * 4 * 8
+    assert program.unknown_loops == 0
+    # Seven parts of eight come from others.
+    assert program.received == {"all-gather": 4 * 32 * 8 * 7 / 8}
+    assert script.programs.read(text.replace("TRIPS", "x=y")).unknown_loops == 1

@@ -29,13 +29,14 @@ SPECS = {
 def parameters(scale=1.0):
     """A stack of matrices and a single one, the same on every machine."""
     rng = np.random.default_rng(5)
-    return {
+    params = {
         "layers": {
-            "kernel": scale * rng.normal(size=(8, 16, 24)).astype(np.float32),
-            "bias": np.ones((8, 24), np.float32),
+            "kernel": scale * rng.normal(size=(8, 16, 24)),
+            "bias": np.ones((8, 24)),
         },
-        "head": rng.normal(size=(24, 16)).astype(np.float32),
+        "head": rng.normal(size=(24, 16)),
     }
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
 
 
 def optimizer(components, routing=ROUTING):
@@ -61,6 +62,15 @@ def after_steps(tx, params, count=2):
     return params, state
 
 
+def marked(state):
+    """A state of other numbers than `init` makes, which differ between its leaves."""
+    leaves, structure = jax.tree.flatten(state)
+    return jax.tree.unflatten(
+        structure,
+        [leaf + leaf.dtype.type(place) for place, leaf in enumerate(leaves, 1)],
+    )
+
+
 @pytest.fixture
 def manager(tmp_path):
     with ocp.CheckpointManager(tmp_path.resolve()) as manager:
@@ -73,10 +83,9 @@ def identical(first, second):
     return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
-    "components",
-    [SF_NORMUON, pytest.param(FULL, marks=pytest.mark.exhaustive)],
-    ids=["SF-NorMuon", "full set"],
+    "components", [SF_NORMUON, FULL], ids=["SF-NorMuon", "full set"]
 )
 def test_saved_on_eight_devices_and_restored_on_fewer(components, manager, tmp_path):
     tx = optimizer(components)
@@ -129,7 +138,8 @@ def test_restored_where_there_are_two_devices(components, manager):
 
 def test_going_on_with_other_components(manager):
     old, new = optimizer(SF_NORMUON), optimizer(("ns5", "normuon", "mona", "sf"))
-    params, state = after_steps(old, placed(parameters(), 8))
+    params = placed(parameters(), 8)
+    state = marked(old.init(params))
     checkpoints.save(manager, 2, params, state, routing=ROUTING)
     # No old optimiser, and other devices: the new state and the folder are all.
     target = placed(parameters(), 4)
@@ -148,7 +158,8 @@ def test_going_on_with_other_components(manager):
 def test_another_optimiser_starts_from_the_saved_weights(manager):
     """Not from those that `opt_state` was made of."""
     old, new = optimizer(("ns5",)), optimizer(("ns5", "sf"))
-    params, state = after_steps(old, parameters())
+    params = parameters(2.0)
+    state = marked(old.init(params))
     checkpoints.save(manager, 2, params, state, routing=ROUTING)
     fresh = new.init(parameters(3.0))
     found = checkpoints.restore(
@@ -172,7 +183,8 @@ def test_an_average_that_only_the_new_one_keeps(manager):
 def test_going_on_under_another_routing(manager):
     other = fo.Routing(min_dim=8, stacked=["layers"], force_scalar=["head"])
     old, new = optimizer(SF_NORMUON), optimizer(SF_NORMUON, other)
-    params, state = after_steps(old, parameters())
+    params = parameters()
+    state = marked(old.init(params))
     checkpoints.save(manager, 2, params, state, routing=ROUTING)
     fresh = new.init(params)
     with pytest.raises(ValueError, match=r"(?s)head: saved as spectral.*`warm_start`"):
@@ -181,9 +193,6 @@ def test_going_on_under_another_routing(manager):
     assert found.report.moved == ("head",)
     # What belongs to the weights goes on, also of the leaf that moved.
     assert identical(found.opt_state.inner_state.z, state.inner_state.z)
-    assert identical(
-        fo.eval_params(found.opt_state, found.params), fo.eval_params(state, params)
-    )
     groups = found.opt_state.inner_state.inner_state.inner_states
     before = state.inner_state.inner_state.inner_states
     adam = optax.tree.get(groups["scalar"], "mu")
@@ -308,5 +317,5 @@ def test_damage_to_a_divided_checkpoint_written_in_the_background(kind, tmp_path
     told = [
         one for one in heard if one.category is checkpoints.DamagedCheckpointWarning
     ]
-    # Orbax lists nothing that has no end, so that nobody has to be told of it.
-    assert len(told) == len(found.skipped) == int(kind != "half written")
+    assert len(told) == 1
+    assert list(found.skipped) == [2]

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -52,7 +53,10 @@ def warmed(
         path
         for path, _, _ in routes.differences(routing.routes(params), content["routing"])
     ]
-    leaves = _saved_leaves(manager, step, content, opt_state, params)
+    leaves = [
+        (name, jnp.asarray(leaf))
+        for name, leaf in _saved_leaves(manager, step, content, opt_state, params)
+    ]
     state, report = carry(fresh, params, record.entries(content, leaves), moved)
     return jax.tree.map(_placed_like, opt_state, state), report
 

@@ -17,7 +17,7 @@ from fusionopt_jax._states import (
     named_tuple_classes,
     state_entries,
 )
-from fusionopt_jax._types import Array, Params
+from fusionopt_jax._types import Array, Leaf, Params
 from fusionopt_jax.iterates import (
     ScheduleFreeState,
     average_of,
@@ -187,7 +187,7 @@ def carry(
     )
 
 
-def _checked(entry: Entry, old: Array | None) -> Array:
+def _checked(entry: Entry, old: Leaf | None) -> Array:
     """An old leaf in the new leaf's dtype, if it is there and of the same shape."""
     name = f"{entry.component.title}.{path_name(entry.path)}"
     if old is None:

@@ -160,7 +160,7 @@ def _checked(params: Params) -> list[tuple[str, Any]]:
     return leaves
 
 
-def _own_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+def _own_metadata(metadata: Mapping[Any, Any]) -> dict[str, str]:
     """The user's own metadata, if it is text beside what is kept anyway."""
     for name, text in metadata.items():
         if not isinstance(name, str) or not isinstance(text, str):

@@ -37,6 +37,14 @@ from fusionopt_jax.dit.sampling.remembering import Remembering
 from fusionopt_jax.dit.sampling.sample import sample
 from fusionopt_jax.dit.sampling.sampler import Sampler
 from fusionopt_jax.dit.sampling.step_cache import StepCache
+from fusionopt_jax.dit.sharding import (
+    RULES,
+    batch_sharding,
+    cache_shardings,
+    joined_rules,
+    shardings,
+    state_shardings,
+)
 from fusionopt_jax.dit.weights.diffusers import from_diffusers, to_diffusers
 from fusionopt_jax.dit.weights.pytorch import from_pytorch, to_pytorch
 
@@ -44,6 +52,7 @@ del _flax
 
 __all__ = [
     "CONFIGS",
+    "RULES",
     "CachedModulation",
     "DiT",
     "DiTConfig",
@@ -57,8 +66,10 @@ __all__ = [
     "TimeConditioningCache",
     "apply",
     "apply_with_guidance",
+    "batch_sharding",
     "build_cache",
     "cache_bytes",
+    "cache_shardings",
     "calibrate",
     "clear_cache_registry",
     "diffusion_loss",
@@ -67,12 +78,15 @@ __all__ = [
     "from_pytorch",
     "get_or_build_cache",
     "init_params",
+    "joined_rules",
     "latents",
     "load_sampler",
     "modulator_bytes",
     "rectified_flow_loss",
     "run_sampler",
     "sample",
+    "shardings",
+    "state_shardings",
     "strip_modulators",
     "take_rows",
     "to_diffusers",

@@ -294,30 +294,31 @@ def test_noise_is_kept_unless_donated():
     np.testing.assert_array_equal(kept, donated)
 
 
-def test_a_batch_sharded_over_devices_stays_so():
+@pytest.mark.parametrize("labels_axis", [None, "data"])
+def test_a_batch_sharded_over_devices_stays_so(labels_axis):
     sampler = SAMPLERS["heun"]
-    labels = jnp.arange(8)
+    # Seven of them and the null label: one row of the cache for each device.
+    labels = jnp.arange(8) % 7
     noise = noise_for(labels)
     params = weights()
-    # A label for each device: more rows than a model of this width has weights.
+    # More rows than a model of this width has weights.
     cache = dit.build_cache(params, CONFIG, sampler.eval_times(), labels, force=True)
     stripped = dit.strip_modulators(params)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    rows = jax.sharding.NamedSharding(mesh, jax.P("data"))
-    whole = jax.sharding.NamedSharding(mesh, jax.P())
-    spread = dit.sample(
-        jax.device_put(stripped, whole),
+    rows = dit.batch_sharding(mesh)
+    placed = (
+        jax.device_put(stripped, dit.shardings(stripped, mesh)),
         CONFIG,
-        jax.device_put(cache, whole),
-        jax.device_put(noise, rows),
-        jax.device_put(labels, rows),
-        sampler,
-        2.0,
+        jax.device_put(cache, dit.cache_shardings(cache, mesh, labels_axis)),
     )
+    spread = dit.sample(*placed, *jax.device_put((noise, labels), rows), sampler, 2.0)
     assert spread.sharding.is_equivalent_to(rows, 4)
     single = dit.sample(stripped, CONFIG, cache, noise, labels, sampler, 2.0)
     # A batch of two per device against one of sixteen: sums in another order.
     assert_within(spread, single, 1e-5)
+    request = jax.device_put((noise[::-1], labels[::-1]), rows)
+    with no_compilation():
+        dit.sample(*placed, *request, sampler, 2.0)
 
 
 def test_can_be_called_inside_a_jitted_function():

@@ -298,8 +298,8 @@ def test_buckets_wait_for_no_other_bucket(more, kind):
     found = list(waits(stepped(tx, params)).values())
     assert [loops for kind, loops in found if kind == "while"] == [set()] * 3
     exchanges = [loops for kind, loops in found if kind == "all-to-all"]
-    # Three on their way in, and each on its way back after a loop of its own.
-    assert sorted(map(len, exchanges)) == [0, 0, 0, 1, 1, 1]
+    # Those on the way in wait for no loop, those on the way back for their own alone.
+    assert {len(loops) for loops in exchanges} == {0, 1}
     assert len(set().union(*exchanges)) == 3
 
 

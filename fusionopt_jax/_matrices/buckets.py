@@ -14,13 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fusionopt_jax._matrices.placement import automatic, device_count, spread, whole
+from fusionopt_jax._matrices.placement import (
+    alike,
+    automatic,
+    device_count,
+    everywhere,
+    spread,
+)
 from fusionopt_jax._matrices.view import MatrixView, StackShape
 
 Stack: TypeAlias = Float[Array, "b m n"]
 StackFunction: TypeAlias = Callable[[Stack], Stack]
 Bucketing: TypeAlias = Literal["auto", "loop", "batch", "leaf"]
-Devices: TypeAlias = Literal["share", "repeat"]
 
 BUCKETINGS: tuple[Bucketing, ...] = ("auto", "loop", "batch", "leaf")
 
@@ -82,7 +87,6 @@ def map_stateful(
     keys: Sequence[int] | None = None,
     turn_state: Callable[[Any], Any] = lambda state: state,
     bucketing: Bucketing = "auto",
-    devices: Devices = "share",
 ) -> tuple[list[Array], list[tuple[Any, ...]]]:
     """`function` of every leaf's matrices and of what is remembered of each.
 
@@ -105,8 +109,6 @@ def map_stateful(
             through a leaf that is a stack as it lies and through single matrices
             joined; `"leaf"` makes one batched call for each stack of a leaf; `"auto"`
             chooses between the first two by the backend.
-        devices: On a mesh, `"share"` gives each device whole matrices, its share of
-            the stack; `"repeat"` lets every device compute all of them.
 
     Returns:
         The results, shaped like the leaves, and the new states.
@@ -115,11 +117,12 @@ def map_stateful(
     def mapped(
         operands: Any, states: Any, *scalars: Array
     ) -> tuple[list[Array], list[tuple[Any, ...]]]:
-        def bound(stacks: tuple[Stack, ...], state: Any, ids: Array) -> Any:
-            return function(stacks, state, ids, *scalars)
-
-        calls = _Calls(bound, turn_state, bucketing, devices)
-        return _mapped(calls, operands, views, states, keys or [0] * len(views))
+        calls = _Calls(function, scalars, turn_state, bucketing)
+        results, states = _mapped(
+            calls, operands, views, states, keys or [0] * len(views)
+        )
+        # Or what comes between two exchanges would be collected by every device.
+        return list(map(alike, results, operands[0])), states
 
     operands = [list(leaves) for leaves in operands]
     states = list(states)
@@ -144,7 +147,7 @@ def map_leaves(
         views: How each leaf is stacks.
         written: Trees of leaves.
         states: Trees that hold, for each leaf, an array `(count, ...)` for each of its
-            stacks, as `stack_states` makes them.
+            stacks, as `stack_states` makes them. On a mesh every device holds all.
         read: Trees of leaves.
         scalars: Arrays handed to every call.
 
@@ -163,7 +166,9 @@ def map_leaves(
         ]
         done = [function(*stack, *scalars) for stack in zip(*parts, strict=True)]
         return tuple(
-            view.from_stacks(parts) if i < first else view.to_state(parts)
+            view.from_stacks(parts)
+            if i < first
+            else everywhere(view.to_state(parts), *arrays)
             for i, parts in enumerate(zip(*done, strict=True))
         )
 
@@ -193,9 +198,9 @@ class _Calls(NamedTuple):
     """How a function of stacks is called; the arguments of `map_stateful`."""
 
     function: Callable[..., tuple[Stack, Any]]
+    scalars: tuple[Array, ...]
     turn_state: Callable[[Any], Any]
     bucketing: Bucketing
-    devices: Devices
 
 
 class _Part(NamedTuple):
@@ -223,10 +228,11 @@ def _mapped(
     results: list[Any] = [None] * len(views)
     new_states: list[Any] = list(states)
     parts: dict[tuple[int, int], _Part] = {}
+    devices = device_count(*operands[0])
     for i, view in enumerate(views):
         leaves = tuple(column[i] for column in operands)
         ids = _ids(view, keys[i])
-        if calls.bucketing == "loop" and view.count > 1:
+        if calls.bucketing == "loop" and view.count > 1 and devices == 1:
             # A loop gains nothing from joining stacks, and the copy would cost memory.
             results[i], new_states[i] = _loop(calls, leaves, view, states[i], ids)
             continue
@@ -234,14 +240,14 @@ def _mapped(
         for k, stack in enumerate(stacks):
             parts[i, k] = _Part(stack, states[i][k], ids[k])
     done: dict[tuple[int, int], tuple[Stack, Any]] = {}
-    for members in _buckets(parts, calls, device_count(*operands[0])):
+    for members in _buckets(parts, calls, devices):
         # Only stacks that are joined have to lie the same way.
         tall = {at: _tall(parts[at]) for at in members}
         turns = {at: tall[at] and not all(tall.values()) for at in members}
         joined = _joined(
             [parts[at].turned(calls) if turns[at] else parts[at] for at in members]
         )
-        stack, state = _called(calls, joined, operands[0])
+        stack, state = _called(calls, joined, operands[0], len(members) > 1)
         start = 0
         for at, turn in turns.items():
             mine = slice(start, start + parts[at].ids.shape[0])
@@ -261,8 +267,8 @@ def _buckets(
 ) -> list[list[tuple[int, int]]]:
     """The stacks that one call serves."""
     # A stack that gives every device a matrix needs no other, and a copy would be an
-    # exchange; so would any where every device computes all.
-    enough = {"share": devices, "repeat": 1}[calls.devices] if devices > 1 else math.inf
+    # exchange.
+    enough = devices if devices > 1 else math.inf
     buckets: dict[Hashable, list[tuple[int, int]]] = {}
     for at, part in parts.items():
         alone = calls.bucketing == "leaf" or part.ids.shape[0] >= enough
@@ -308,13 +314,14 @@ def _cut(state: Any, part: slice) -> Any:
     return jax.tree.map(lambda stack: stack[part], state)
 
 
-def _called(calls: _Calls, part: _Part, leaves: Sequence[Array]) -> tuple[Stack, Any]:
+def _called(
+    calls: _Calls, part: _Part, leaves: Sequence[Array], joined: bool
+) -> tuple[Stack, Any]:
     """The function of a bucket: at once, on several devices, or in a loop."""
+    function = calls.function
     if calls.bucketing == "loop":
-        return _each_matrix(calls, part)
-    if calls.devices == "share":
-        return spread(calls.function, *leaves)(*part)
-    return whole(calls.function(*whole(part, *leaves)), *leaves)
+        function = functools.partial(_each_matrix, function)
+    return spread(function, *leaves, joined=joined)(*part, *calls.scalars)
 
 
 def _loop(
@@ -339,7 +346,7 @@ def _loop(
         )
     stacks = zip(*(view.to_stacks(leaf) for leaf in leaves), strict=True)
     done = [
-        _each_matrix(calls, _Part(*part))
+        _each_matrix(calls.function, *part, *calls.scalars)
         for part in zip(stacks, states, ids, strict=True)
     ]
     return view.from_stacks([stack for stack, _ in done]), tuple(
@@ -347,16 +354,22 @@ def _loop(
     )
 
 
-def _each_matrix(calls: _Calls, part: _Part) -> tuple[Stack, Any]:
+def _each_matrix(
+    function: Callable[..., tuple[Stack, Any]],
+    stacks: tuple[Stack, ...],
+    state: Any,
+    ids: Array,
+    *scalars: Array,
+) -> tuple[Stack, Any]:
     """The function of each matrix of a stack, in turn."""
-    first, *read = part.stacks
+    first, *read = stacks
     return _each(
         first.shape[0],
-        lambda written, read: calls.function(
-            (written[0], *read[0]), written[1], read[1]
+        lambda written, read: function(
+            (written[0], *read[0]), written[1], read[1], *scalars
         ),
-        (first, part.state),
-        (tuple(read), part.ids),
+        (first, state),
+        (tuple(read), ids),
     )
 
 

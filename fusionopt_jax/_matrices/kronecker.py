@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fusionopt_jax._matrices.buckets import Bucketing, map_stateful
 from fusionopt_jax._matrices.newton_schulz import frobenius_norm
+from fusionopt_jax._matrices.placement import stored
 from fusionopt_jax._matrices.view import MatrixView, StackShape
 from fusionopt_jax._paths import named_leaves
 
@@ -145,7 +146,9 @@ def first_trees(
         tuple(first_pair(stack, sides, start) for stack in view.stacks)
         for view in views
     ]
-    return state_trees(params, views, pairs, kind, hole)
+    return state_trees(
+        params, views, stored(pairs, *jax.tree.leaves(params)), kind, hole
+    )
 
 
 def map_pairs(
@@ -184,7 +187,6 @@ def map_pairs(
         keys=matrix_keys(gradients),
         turn_state=lambda pair: (pair[1], pair[0]),
         bucketing=bucketing,
-        devices="repeat",
     )
     return (
         jax.tree.unflatten(treedef, results),

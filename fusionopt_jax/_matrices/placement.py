@@ -6,14 +6,17 @@ of the stack, need none: one exchange on the way in and one on the way out. What
 be divided that way is computed by every device.
 """
 
-import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.experimental.shard_alike import shard_alike
+from jax.extend.core import Primitive
+from jax.extend.mlir.dialects import sdy
+from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -51,35 +54,204 @@ def device_count(*leaves: Array) -> int:
     return _free_axes(_mesh(leaves))[1]
 
 
-def spread(function: Callable[..., Any], *leaves: Array) -> Callable[..., Any]:
+def spread(
+    function: Callable[..., Any], *leaves: Array, joined: bool = False
+) -> Callable[..., Any]:
     """`function` of stacks, for which each device of the leaves' mesh takes a share.
 
-    It takes and returns trees of arrays with one leading axis in common. Stacks that
-    can't be divided are filled up with zeros; a single matrix is computed everywhere.
+    It is `function(stacks, state, ids, *scalars) -> (stack, state)`, of trees of arrays
+    with one leading axis in common but for the scalars. Every device runs it by itself
+    on its part, so that neither its loops nor its branches wait for another. Stacks
+    that can't be divided are filled up with zeros; a single matrix is computed
+    everywhere. The state that comes out lies as `stored` leaves it.
+
+    Args:
+        function: What each device runs.
+        leaves: What lies on the mesh.
+        joined: Whether the stacks are several that are shorter than there are devices.
     """
     mesh = _mesh(leaves)
     axes, devices = _free_axes(mesh)
     if devices == 1:
         return function
 
-    def spread_function(*stacks: Any) -> Any:
-        count = jax.tree.leaves(stacks)[0].shape[0]
-        if count == 1:
-            return whole(function(*whole(stacks, *leaves)), *leaves)
+    def spread_function(
+        stacks: Any, state: Any, ids: Array, *scalars: Array
+    ) -> tuple[Array, Any]:
+        count = ids.shape[0]
+        share = PartitionSpec() if count == 1 else PartitionSpec(axes)
 
-        divided = functools.partial(_divided, mesh=mesh, axes=axes)
-        collected = functools.partial(_collected, mesh=mesh, axes=axes, count=count)
-        return jax.tree.map(collected, function(*jax.tree.map(divided, stacks)))
+        def divided(stack: Array) -> Array:
+            if count == 1:
+                return _placed(stack, mesh)
+            # What the stack is made of stays as it lies: momentum, above all.
+            return _divided(_bounded(stack, "forward"), mesh, axes)
+
+        def collected(stack: Array) -> Array:
+            if count == 1:
+                return _placed(stack, mesh)
+            return _collected(stack, mesh, axes, count=count)
+
+        def fetched(array: Array) -> Array:
+            if count == 1:
+                return _placed(array, mesh)
+            filling = [(0, -count % devices)] + [(0, 0)] * (array.ndim - 1)
+            return _placed(jnp.pad(array, filling), mesh, axes)
+
+        def kept(array: Array) -> Array:
+            shape = (1 if joined else count, *array.shape[1:])
+            return _placed(array[:count], mesh, *storage(shape, mesh))
+
+        alone = jax.shard_map(
+            function,
+            mesh=mesh,
+            axis_names=set(axes),
+            in_specs=(share, share, share) + (PartitionSpec(),) * len(scalars),
+            out_specs=share,
+            # What a loop starts with may be the same everywhere, what it ends with not.
+            check_vma=False,
+        )
+        # Of concrete arrays it would go through the operations one by one.
+        stack, state = jax.jit(alone)(
+            jax.tree.map(divided, stacks),
+            *jax.tree.map(fetched, (state, ids)),
+            *scalars,
+        )
+        return collected(stack), jax.tree.map(kept, state)
 
     return spread_function
 
 
-def whole(tree: Any, *leaves: Array) -> Any:
+def stored(tree: Any, *leaves: Array) -> Any:
+    """A tree of state of which every device of the leaves' mesh holds its part.
+
+    Args:
+        tree: Arrays `(count, ...)` of what is remembered of a stack's matrices.
+        leaves: What lies on the mesh. Where they are traced, so are the arrays.
+    """
+    mesh = _mesh(leaves)
+    if _free_axes(mesh)[1] == 1:
+        return tree
+
+    def placed(array: Array, leaf: Array) -> Array:
+        sharding = NamedSharding(mesh, PartitionSpec(*storage(array.shape, mesh)))
+        if not isinstance(leaf, Tracer):
+            return jax.device_put(array, sharding)
+        # A program has the devices of what it reads: it has to read a leaf.
+        array, _ = jax.lax.optimization_barrier((array, leaf))
+        if AxisType.Explicit in mesh.axis_types:
+            return jax.sharding.reshard(array, sharding)
+        return jax.lax.with_sharding_constraint(array, sharding)
+
+    smallest = min(leaves, key=lambda leaf: leaf.size)
+    return jax.tree.map(lambda array: placed(array, smallest), tree)
+
+
+def storage(shape: Sequence[int], mesh: Any) -> list[tuple[str, ...] | None]:
+    """How an array of state is divided: the axes of the mesh for each of its own.
+
+    Along the stack, where every device gets as many matrices, which then never move.
+    Otherwise along the first axis that all devices divide, or along several, each by
+    some axes of the mesh; what no axis divides lies everywhere.
+    """
+    names, devices = _free_axes(mesh)
+    whole_axis = [axis for axis, size in enumerate(shape) if size % devices == 0]
+    taken: list[tuple[str, ...]] = [()] * len(shape)
+    if whole_axis:
+        taken[whole_axis[0]] = names
+    else:
+        left = list(shape)
+        for name in names:
+            size = mesh.shape[name]
+            fits = [axis for axis in range(1, len(left)) if left[axis] % size == 0]
+            if fits:
+                left[fits[0]] //= size
+                taken[fits[0]] += (name,)
+    return [axes or None for axes in taken]
+
+
+def everywhere(tree: Any, *leaves: Array) -> Any:
     """A tree of which every device of the leaves' mesh holds all."""
     mesh = _mesh(leaves)
     if _free_axes(mesh)[1] == 1:
         return tree
-    return jax.tree.map(lambda stack: _placed(stack, mesh), tree)
+    return jax.tree.map(lambda array: _placed(array, mesh), tree)
+
+
+def laid_out(state: Any, params: Any) -> Any:
+    """The first state of an optimiser, which lies as the states after it will.
+
+    What has a parameter's path at the end of its own, and its shape, lies as that does.
+    What has been divided stays so, and everything else is on every device.
+    """
+    mesh = _mesh(jax.tree.leaves(params))
+    if _free_axes(mesh)[1] == 1:
+        return state
+    known = dict(jax.tree_util.tree_leaves_with_path(params))
+
+    def placed(path: tuple[Any, ...], leaf: Any) -> Any:
+        ends = [path[start:] for start in range(len(path) + 1)]
+        param = next((known[end] for end in ends if end in known), None)
+        if param is not None and param.shape == jnp.shape(leaf):
+            return alike(leaf, param)
+        if not isinstance(leaf, jax.Array) or _sharding(leaf) is not None:
+            return leaf
+        replicated = NamedSharding(mesh, PartitionSpec(*[None] * leaf.ndim))
+        if not isinstance(leaf, Tracer):
+            return jax.device_put(leaf, replicated)
+        if AxisType.Explicit in mesh.axis_types:
+            return jax.sharding.reshard(leaf, replicated)
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(placed, state)
+
+
+def staying(state: Any, before: Any) -> Any:
+    """A state each array of which lies where the one before it does."""
+    if device_count(*jax.tree.leaves(before)) == 1:
+        return state
+    return jax.tree.map(alike, state, before)
+
+
+def alike(array: Array, like: Any) -> Array:
+    """An array that lies as another of its shape does."""
+    sharding = _sharding(like)
+    if sharding is None or array is like or array.ndim == 0:
+        return array
+    if not isinstance(like, Tracer):
+        return jax.device_put(array, sharding)
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        return jax.sharding.reshard(array, sharding)
+    # What an automatic mesh decides isn't known before the program is compiled.
+    return shard_alike(array, like)[0]
+
+
+def _bounded(array: Array, direction: str) -> Array:
+    """The array, across which the compiler infers no layout but in one direction."""
+    if not isinstance(array, Tracer):
+        return array
+    return _bounded_p.bind(array, direction=direction)
+
+
+def _lowered_bound(context: Any, array: Any, *, direction: str) -> Any:
+    del context
+    if not jax.config.jax_use_shardy_partitioner:
+        return [array]
+    allowed = getattr(sdy.PropagationDirection, direction.upper())
+    return [sdy.PropagationBarrierOp(array, allowed_direction=allowed).result]
+
+
+_bounded_p = Primitive("bounded_layout")
+_bounded_p.def_impl(lambda array, **_: array)
+_bounded_p.def_abstract_eval(lambda array, **_: array)
+mlir.register_lowering(_bounded_p, _lowered_bound)
+ad.deflinear2(
+    _bounded_p, lambda cotangent, _, *, direction: [_bounded(cotangent, direction)]
+)
+batching.primitive_batchers[_bounded_p] = lambda arrays, axes, *, direction: (
+    _bounded(*arrays, direction),
+    *axes,
+)
 
 
 def _divided(stack: Array, mesh: Any, axes: tuple[str, ...]) -> Array:
@@ -107,8 +279,9 @@ def _collected(stack: Array, mesh: Any, axes: tuple[str, ...], *, count: int) ->
     for used in range(len(axes) - 1, 0, -1):
         stack = _placed(stack, mesh, axes[:used], *free)
     # Or the division would spread to the parameters, whose layers a scan takes one by
-    # one; how each matrix is split is for those to say.
-    return _placed(stack[:count], mesh, None, *free)
+    # one. It is for those to say where the stack goes, at once for all that read it.
+    bounded = _bounded(stack[:count], "backward")
+    return _placed(bounded, mesh, PartitionSpec.UNCONSTRAINED, *free)
 
 
 def _placed(stack: Array, mesh: Any, *axes: Any) -> Array:

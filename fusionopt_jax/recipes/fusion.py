@@ -17,8 +17,10 @@ from fusionopt_jax._checks import (
     is_concrete_number,
 )
 from fusionopt_jax._direction import Direction, check_direction
+from fusionopt_jax._matrices.placement import laid_out, staying
 from fusionopt_jax._optax import (
     TransformLike,
+    accepting_extra_args,
     checking_leaves,
     in_float32,
     keeping_dtype,
@@ -199,7 +201,7 @@ def fusion_opt(
         members = {SPECTRAL: build(name, inner=spectral, learning_rate=rate)}
         rest = {SCALAR: scalar, **own}
         members |= {label: optax.chain(tx, step) for label, tx in rest.items()}
-        return keeping_dtype(_grouped(members, routing))
+        return _staying(keeping_dtype(_grouped(members, routing)))
     members = {SPECTRAL: decayed(spectral, weight_decay), SCALAR: scalar, **own}
     optimiser = _grouped(members, routing)
     if averages:
@@ -213,8 +215,24 @@ def fusion_opt(
     for name in in_place("factor", chosen):
         optimiser = build(name, inner=optimiser)
     if polyak_rule is None:
-        return optimiser
-    return polyak(optimiser, rule=polyak_rule, **told["polyak"])
+        return _staying(optimiser)
+    return _staying(polyak(optimiser, rule=polyak_rule, **told["polyak"]))
+
+
+def _staying(tx: TransformLike) -> optax.GradientTransformationExtraArgs:
+    """`tx`, on a mesh with a state that lies where its first one does."""
+    inner_tx = accepting_extra_args(tx)
+
+    def init_fn(params: Any) -> Any:
+        return laid_out(inner_tx.init(params), params)
+
+    def update_fn(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        updates, after = inner_tx.update(updates, state, params, **extra_args)
+        return updates, staying(after, state)
+
+    return transformation(init_fn, update_fn)
 
 
 def _check_effects(

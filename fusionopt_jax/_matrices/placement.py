@@ -6,6 +6,7 @@ of the stack, need none: one exchange on the way in and one on the way out. What
 be divided that way is computed by every device.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.experimental.shard_alike import shard_alike
 from jax.extend.core import Primitive
 from jax.extend.mlir.dialects import sdy
 from jax.interpreters import ad, batching, mlir
@@ -132,19 +132,19 @@ def stored(tree: Any, *leaves: Array) -> Any:
     mesh = _mesh(leaves)
     if _free_axes(mesh)[1] == 1:
         return tree
+    leaf = leaves[0]
 
-    def placed(array: Array, leaf: Array) -> Array:
+    def placed(array: Array) -> Array:
         sharding = NamedSharding(mesh, PartitionSpec(*storage(array.shape, mesh)))
         if not isinstance(leaf, Tracer):
             return jax.device_put(array, sharding)
         # A program has the devices of what it reads: it has to read a leaf.
-        array, _ = jax.lax.optimization_barrier((array, leaf))
+        array = _layout_p.bind(array, leaf, how="none")
         if AxisType.Explicit in mesh.axis_types:
             return jax.sharding.reshard(array, sharding)
         return jax.lax.with_sharding_constraint(array, sharding)
 
-    smallest = min(leaves, key=lambda leaf: leaf.size)
-    return jax.tree.map(lambda array: placed(array, smallest), tree)
+    return jax.tree.map(placed, tree)
 
 
 def storage(shape: Sequence[int], mesh: Any) -> list[tuple[str, ...] | None]:
@@ -178,11 +178,17 @@ def everywhere(tree: Any, *leaves: Array) -> Any:
     return jax.tree.map(lambda array: _placed(array, mesh), tree)
 
 
-def laid_out(state: Any, params: Any) -> Any:
+def laid_out(state: Any, params: Any, divided: tuple[type, ...]) -> Any:
     """The first state of an optimiser, which lies as the states after it will.
 
     What has a parameter's path at the end of its own, and its shape, lies as that does.
-    What has been divided stays so, and everything else is on every device.
+    Everything else is on every device.
+
+    Args:
+        state: What `init` returned.
+        params: What it was given.
+        divided: Classes of states that have divided what they hold but for an
+            `inner_state`.
     """
     mesh = _mesh(jax.tree.leaves(params))
     if _free_axes(mesh)[1] == 1:
@@ -190,6 +196,9 @@ def laid_out(state: Any, params: Any) -> Any:
     known = dict(jax.tree_util.tree_leaves_with_path(params))
 
     def placed(path: tuple[Any, ...], leaf: Any) -> Any:
+        if isinstance(leaf, divided):
+            inner = laid_out(leaf.inner_state, params, divided)
+            return leaf._replace(inner_state=inner)
         ends = [path[start:] for start in range(len(path) + 1)]
         param = next((known[end] for end in ends if end in known), None)
         if param is not None and param.shape == jnp.shape(leaf):
@@ -203,7 +212,9 @@ def laid_out(state: Any, params: Any) -> Any:
             return jax.sharding.reshard(leaf, replicated)
         return leaf
 
-    return jax.tree_util.tree_map_with_path(placed, state)
+    return jax.tree_util.tree_map_with_path(
+        placed, state, is_leaf=lambda node: isinstance(node, divided)
+    )
 
 
 def staying(state: Any, before: Any) -> Any:
@@ -223,35 +234,42 @@ def alike(array: Array, like: Any) -> Array:
     if AxisType.Explicit in sharding.mesh.axis_types:
         return jax.sharding.reshard(array, sharding)
     # What an automatic mesh decides isn't known before the program is compiled.
-    return shard_alike(array, like)[0]
+    # `shard_alike` of JAX 0.10 puts all that has one shape into one group.
+    return _layout_p.bind(array, like, how=next(_groups))
 
 
 def _bounded(array: Array, direction: str) -> Array:
     """The array, across which the compiler infers no layout but in one direction."""
     if not isinstance(array, Tracer):
         return array
-    return _bounded_p.bind(array, direction=direction)
+    return _layout_p.bind(array, how=direction)
 
 
-def _lowered_bound(context: Any, array: Any, *, direction: str) -> Any:
+def _lowered(context: Any, array: Any, *others: Any, how: str | int) -> Any:
     del context
     if not jax.config.jax_use_shardy_partitioner:
         return [array]
-    allowed = getattr(sdy.PropagationDirection, direction.upper())
+    if isinstance(how, int):
+        for member in (array, *others):
+            sdy.sharding_group(member, how)
+        return [array]
+    allowed = getattr(sdy.PropagationDirection, how.upper())
     return [sdy.PropagationBarrierOp(array, allowed_direction=allowed).result]
 
 
-_bounded_p = Primitive("bounded_layout")
-_bounded_p.def_impl(lambda array, **_: array)
-_bounded_p.def_abstract_eval(lambda array, **_: array)
-mlir.register_lowering(_bounded_p, _lowered_bound)
+# An array, of which the compiler hears where layouts are inferred: in which direction,
+# or, by a number of its own, that it lies as another array does. What else it is given
+# is read, and nothing more.
+_layout_p = Primitive("layout")
+_layout_p.def_impl(lambda array, *_, **__: array)
+_layout_p.def_abstract_eval(lambda array, *_, **__: array)
+mlir.register_lowering(_layout_p, _lowered)
 ad.deflinear2(
-    _bounded_p, lambda cotangent, _, *, direction: [_bounded(cotangent, direction)]
+    _layout_p, lambda cotangent, *arrays, **_: [cotangent, None][: len(arrays)]
 )
-batching.primitive_batchers[_bounded_p] = lambda arrays, axes, *, direction: (
-    _bounded(*arrays, direction),
-    *axes,
-)
+batching.primitive_batchers[_layout_p] = lambda arrays, axes, **_: (arrays[0], axes[0])
+# Far from the numbers that JAX gives to groups.
+_groups = itertools.count(2**32)
 
 
 def _divided(stack: Array, mesh: Any, axes: tuple[str, ...]) -> Array:

@@ -38,7 +38,12 @@ from fusionopt_jax.recipes.components import (
 from fusionopt_jax.recipes.momentum import NESTEROV, Nesterov, momentum_of
 from fusionopt_jax.routing import SCALAR, SPECTRAL, Routing
 from fusionopt_jax.transforms.gain import measure_gain
+from fusionopt_jax.transforms.kl_shampoo import KLShampooState
 from fusionopt_jax.transforms.polyak import PolyakRule, polyak
+from fusionopt_jax.transforms.shampoo import ShampooState
+
+# States of matrices, which lie on a mesh as their stacks do.
+_DIVIDED = (KLShampooState, ShampooState)
 
 
 def fusion_opt(
@@ -224,7 +229,7 @@ def _staying(tx: TransformLike) -> optax.GradientTransformationExtraArgs:
     inner_tx = accepting_extra_args(tx)
 
     def init_fn(params: Any) -> Any:
-        return laid_out(inner_tx.init(params), params)
+        return laid_out(inner_tx.init(params), params, _DIVIDED)
 
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any

@@ -204,11 +204,29 @@ def test_collectives_in_loops_are_found():
     assert _hlo.computations(once)["ENTRY"]
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
-@pytest.mark.parametrize("layout", ["replicated", "two_axes"])
-@pytest.mark.parametrize("factory", [fo.kl_shampoo, fo.shampoo])
+EIGHTHS = [
+    (factory, layout, kind, jitted)
+    for factory in (fo.kl_shampoo, fo.shampoo)
+    for layout in ("replicated", "two_axes")
+    for kind in (AxisType.Auto, AxisType.Explicit)
+    for jitted in (True, False)
+]
+EIGHTHS_EVERY_RUN = [
+    (fo.kl_shampoo, "two_axes", AxisType.Explicit, True),
+    (fo.shampoo, "two_axes", AxisType.Auto, True),
+]
+
+
 @pytest.mark.parametrize(
-    "jitted", [True, pytest.param(False, marks=pytest.mark.exhaustive)], ids=str
+    ("factory", "layout", "kind", "jitted"),
+    [
+        pytest.param(
+            *case,
+            id=f"{case[0].__name__}-{case[1]}-{case[2].name}-{case[3]}",
+            marks=[] if case in EIGHTHS_EVERY_RUN else pytest.mark.exhaustive,
+        )
+        for case in EIGHTHS
+    ],
 )
 def test_each_device_holds_an_eighth_of_the_factors(factory, layout, kind, jitted):
     shapes = {"layers": (8, 8, 16), "odd": (3, 16, 16), "single": (16, 16)}
@@ -226,7 +244,9 @@ def test_each_device_holds_an_eighth_of_the_factors(factory, layout, kind, jitte
             assert shard.data.nbytes * 8 == all_of_it.nbytes
 
 
-@pytest.mark.parametrize("layout", ["rows", "layers"])
+@pytest.mark.parametrize(
+    "layout", ["rows", pytest.param("layers", marks=pytest.mark.exhaustive)]
+)
 def test_a_step_needs_an_eighth_of_the_memory_and_a_bucket(layout):
     shapes = {"narrow": (16, 64, 64), "wide": (16, 64, 128)}
     params = {name: jnp.ones(shape) for name, shape in shapes.items()}

@@ -168,7 +168,7 @@ def map_leaves(
         return tuple(
             view.from_stacks(parts)
             if i < first
-            else everywhere(view.to_state(parts), *arrays)
+            else everywhere(view.to_state(parts), *jax.tree.leaves(arrays))
             for i, parts in enumerate(zip(*done, strict=True))
         )
 

@@ -132,7 +132,7 @@ def stored(tree: Any, *leaves: Array) -> Any:
     mesh = _mesh(leaves)
     if _free_axes(mesh)[1] == 1:
         return tree
-    leaf = leaves[0]
+    leaf = next(filter(_sharding, leaves))
 
     def placed(array: Array) -> Array:
         sharding = NamedSharding(mesh, PartitionSpec(*storage(array.shape, mesh)))
@@ -247,7 +247,7 @@ def _bounded(array: Array, direction: str) -> Array:
 
 def _lowered(context: Any, array: Any, *others: Any, how: str | int) -> Any:
     del context
-    if not jax.config.jax_use_shardy_partitioner:
+    if not getattr(jax.config, "jax_use_shardy_partitioner", True):
         return [array]
     if isinstance(how, int):
         for member in (array, *others):

@@ -104,7 +104,8 @@ def shampoo(
 
     A matrix's update depends on its own gradients, its leaf's path and its index in the
     leaf (which say at which steps its powers are renewed), and on nothing else in the
-    tree.
+    tree. On a mesh each device takes a share of every stack, and of n devices each
+    holds 1/n of the state but for what n doesn't divide.
 
     Args:
         inner: An Optax transformation, such as `optax.trace(0.95)`; it sees the raw

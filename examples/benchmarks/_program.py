@@ -53,17 +53,20 @@ def read(text: str) -> Program:
 
     def walk(name: str, times: int) -> int:
         nonlocal unknown
-        total, sizes = 0, {}
+        total, sizes, started = 0, {}, {}
         for line in computations[name]:
             if not (found := _INSTRUCTION.match(line)):
                 continue
             own, shape, kind, rest = found.groups()
             sizes[own] = dims(shape)
-            kind = kind.removesuffix("-start")
             if kind == "dot":
                 total += times * product(sizes, sizes[own], rest)
-            elif kind in COLLECTIVES:
-                received[kind] += times * bytes_received(kind, shape, rest)
+            elif kind.endswith("-start"):
+                started[own] = rest
+            elif (kind := kind.removesuffix("-done")) in COLLECTIVES:
+                # The end of an exchange has its result, its start the groups.
+                groups = started.get(re.findall(r"%([\w.\-]+)", rest)[0], rest)
+                received[kind] += times * bytes_received(kind, shape, groups)
             rounds = _TRIPS.search(rest)
             inner = 0
             for names in _CALLED.findall(rest):
@@ -74,6 +77,14 @@ def read(text: str) -> Program:
         return total
 
     return Program(walk(entry, 1), dict(received), unknown)
+
+
+def schedule(text: str) -> list[str]:
+    """Starts and ends of exchanges, and loops, in the order of a scheduled program."""
+    wanted = re.compile(rf"({'|'.join(COLLECTIVES)})(-start|-done)?|while")
+    lines = text[text.index("\nENTRY") :].splitlines()
+    found = [match for line in lines if (match := _INSTRUCTION.match(line))]
+    return [f"{m[3]} {m[1]} {m[2][:60]}" for m in found if wanted.fullmatch(m[3])]
 
 
 def dims(shape: str) -> list[int]:

@@ -268,7 +268,8 @@ def exchanged(stack: Stack, devices: int, *, shampoo: bool) -> float:
 def temporaries(network: Network, components: Sequence[str], devices: int) -> float:
     """An upper bound of the bytes that an optimiser's step allocates.
 
-    The directions of all its parameters, and what the busiest bucket needs at once.
+    The directions of all its parameters, and what the two busiest buckets need: one is
+    exchanged while the other is computed.
     """
     shampoo = "shampoo" in components
 
@@ -280,8 +281,8 @@ def temporaries(network: Network, components: Sequence[str], devices: int) -> fl
             numbers += 5 * m * n + 3 * kronecker_sizes(stack._replace(count=1))
         return FP32 * share(stack, devices) * numbers
 
-    largest = max(map(working, buckets(list(network.stacks.values()), devices)))
-    return FP32 * network.size / devices + largest
+    needed = sorted(map(working, buckets(list(network.stacks.values()), devices)))
+    return FP32 * network.size / devices + sum(needed[-2:])
 
 
 def training(network: Network, tokens: int) -> float:

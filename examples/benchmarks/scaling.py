@@ -2,10 +2,13 @@
 
     python examples/benchmarks/scaling.py            # the tables, from formulas
     python examples/benchmarks/scaling.py --check 8  # the same of compiled programs
+    python examples/benchmarks/scaling.py --schedule v5e:2x4  # of a TPU's program
 
 The check compiles steps of small networks for as many forced host devices, without
 running anything, and puts what XLA says of the programs beside the formulas.
-`docs/scaling.md` explains both.
+The schedule is that of a program for TPUs, which the package `libtpu` compiles without
+one: in which order exchanges start and end and loops run. `docs/scaling.md` explains
+the formulas.
 """
 
 import argparse
@@ -18,6 +21,7 @@ import _scaling as model
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -79,6 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", type=int, metavar="DEVICES", help="compile as well")
+    parser.add_argument(
+        "--schedule", metavar="TOPOLOGY", help="as v5e:2x4, with libtpu"
+    )
+    parser.add_argument("--network", choices=model.NETWORKS, help="for the schedule")
     parser.add_argument("--only", choices=OPTIMISERS, help="check this optimiser alone")
     parser.add_argument("--tokens", type=int, default=8192, help="on each device")
     options = parser.parse_args(arguments)
@@ -92,6 +100,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         ]
         measure.print_table(checks)
         return {"checks": checks}
+    if options.schedule:
+        network = model.NETWORKS.get(options.network, SMALL["even"])
+        # The leaves that are no matrices are left out of the program.
+        row, steps = schedule(options.schedule, network._replace(rest=0))
+        print(*steps, sep="\n")
+        measure.print_table([row])
+        return {"checks": [row], "schedule": steps}
     rows = table(options.tokens)
     print(f"With {options.tokens} tokens of the batch on each device.\n")
     print(markdown(rows, COSTS), markdown(rows, TIMES), sep="\n\n")
@@ -161,37 +176,58 @@ def check(
 ) -> dict[str, Any]:
     """Formulas beside what XLA says of the step's program."""
     components = OPTIMISERS[optimiser]
-    program = compiled(network, components, devices)
-    memory = program.memory_analysis()
-    read = programs.read(program.as_text())
-    cost = model.cost(network, components, devices, hot_dtype="fp32", update_every=10)
-    held = cost.parameters + cost.gradients + cost.state
-    exchanges = sum(
-        size for kind, size in read.received.items() if kind != "all-reduce"
-    )
-    return {
-        "network": name,
-        "optimiser": optimiser,
-        "held": held,
-        "held, XLA": float(memory.argument_size_in_bytes),
-        "temporary": cost.temporaries,
-        "temporary, XLA": float(memory.temp_size_in_bytes),
-        "MFLOP": (cost.optimiser_flops + cost.preconditioner_flops) / 1e6,
-        "MFLOP, XLA": read.flops / 1e6,
-        "received": cost.optimiser_bytes,
-        "received, XLA": exchanges,
-        "sums, XLA": read.received.get("all-reduce", 0.0),
-    }
-
-
-def compiled(network: model.Network, components: Sequence[str], devices: int) -> Any:
-    """The optimiser's step for parameters that are divided among all devices."""
     mesh = jax.make_mesh(
         (devices,),
         ("x",),
         axis_types=(AxisType.Auto,),
         devices=jax.devices()[:devices],
     )
+    program = compiled(network, components, mesh)
+    row = compared(program, network, components, devices)
+    return {"network": name, "optimiser": optimiser, **row}
+
+
+def compared(
+    program: Any, network: model.Network, components: Sequence[str], devices: int
+) -> dict[str, Any]:
+    """The figures of a program, each after that of the formula."""
+    memory = program.memory_analysis()
+    read = programs.read(program.as_text())
+    cost = model.cost(network, components, devices, hot_dtype="fp32")
+    sums = read.received.get("all-reduce", 0.0)
+    return {
+        "held": cost.parameters + cost.gradients + cost.state,
+        "held, XLA": float(memory.argument_size_in_bytes),
+        "temporary": cost.temporaries,
+        "temporary, XLA": float(memory.temp_size_in_bytes),
+        "MFLOP": (cost.optimiser_flops + cost.preconditioner_flops) / 1e6,
+        "MFLOP, XLA": read.flops / 1e6,
+        "received": cost.optimiser_bytes,
+        "received, XLA": sum(read.received.values()) - sums,
+        "sums, XLA": sums,
+    }
+
+
+def schedule(topology: str, network: model.Network) -> tuple[dict[str, Any], list[str]]:
+    """The check of a TPU's program of SF-NorMuon, and its exchanges and loops."""
+    jax.config.update("jax_platforms", "cpu")
+    described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    mesh = topologies.make_mesh(described, (len(described.devices),), ("x",))
+    early = {"xla_tpu_enable_async_all_to_all": "true"}
+    program = compiled(network, model.SF_NORMUON, mesh, early)
+    row = compared(program, network, model.SF_NORMUON, mesh.size)
+    # A TPU's products are convolutions within fusions.
+    row.pop("MFLOP, XLA")
+    return row, programs.schedule(program.as_text())
+
+
+def compiled(
+    network: model.Network,
+    components: Sequence[str],
+    mesh: Any,
+    options: dict[str, str] | None = None,
+) -> Any:
+    """The optimiser's step for parameters that are divided among all devices."""
     everywhere = NamedSharding(mesh, P())
     params = {
         name: placed((stack.count, stack.inputs, stack.outputs), mesh)
@@ -206,7 +242,7 @@ def compiled(network: model.Network, components: Sequence[str], devices: int) ->
     def as_stored(leaf: Any, sharding: Any) -> Any:
         if leaf.shape in own_shape:
             sharding = own_shape[leaf.shape]
-        elif len(sharding.device_set) < devices:
+        elif len(sharding.device_set) < mesh.size:
             sharding = everywhere
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
@@ -218,7 +254,7 @@ def compiled(network: model.Network, components: Sequence[str], devices: int) ->
 
     loss = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
     jitted = jax.jit(step, donate_argnums=(0, 1))
-    return jitted.lower(params, state, params, loss).compile()
+    return jitted.lower(params, state, params, loss).compile(options)
 
 
 def placed(shape: Sequence[int], mesh: Any) -> jax.ShapeDtypeStruct:

@@ -151,6 +151,19 @@ def test_devices_change_nothing_in_any_layout(composition, layout, kind):
     check(composition, layout, kind)
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_leaves_of_one_shape_may_lie_in_different_ways(kind):
+    layouts = ("replicated", "rows", "columns")
+    params = {name: placing(name, kind)(jnp.ones((8, 16, 16))) for name in layouts}
+    routing = fo.Routing(stacked=layouts, min_dim=8)
+    state = jax.jit(fo.fusion_opt(1e-2, routing=routing).init)(params)
+    (z,) = optax.tree.get_all_with_path(state, "z")
+    (trace,) = optax.tree.get_all_with_path(state, "trace")
+    for tree in (z[1], trace[1]):
+        for name, leaf in tree.items():
+            assert leaf.sharding.is_equivalent_to(params[name].sharding, 3), name
+
+
 # What crosses between devices in one step, for a stack that they share evenly: its
 # momentum on the way into `ns5` and its direction on the way out; before that, its
 # gradient and its momentum on the way into `kl_shampoo` and the result on the way out.

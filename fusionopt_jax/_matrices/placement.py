@@ -202,7 +202,12 @@ def laid_out(state: Any, params: Any, divided: tuple[type, ...]) -> Any:
         ends = [path[start:] for start in range(len(path) + 1)]
         param = next((known[end] for end in ends if end in known), None)
         if param is not None and param.shape == jnp.shape(leaf):
-            return alike(leaf, param)
+            if not (isinstance(param, Tracer) and jnp.issubdtype(param, jnp.inexact)):
+                return alike(leaf, param)
+            # Made of the parameter, though of none of its entries: zeros of one shape
+            # are one array to the compiler, which could lie in one way only.
+            never = jnp.real(param) < jnp.real(param)
+            return alike(jnp.where(never, param.astype(leaf.dtype), leaf), param)
         if not isinstance(leaf, jax.Array) or _sharding(leaf) is not None:
             return leaf
         replicated = NamedSharding(mesh, PartitionSpec(*[None] * leaf.ndim))

@@ -108,6 +108,15 @@ def test_no_device_waits_for_another_inside_a_loop(more, specs, kind):
     assert inside == {}
 
 
+@kinds
+@pytest.mark.parametrize("layers", [16, pytest.param(3, marks=pytest.mark.exhaustive)])
+def test_a_loop_over_matrices_is_one_of_each_device(layers, kind):
+    specs = {"layers": FULLY_SHARDED["layers"]}
+    params = placed(drawn({"layers": (layers, 16, 32)}), mesh_of(kind), specs)
+    program = stepped(fo.ns5(routing=STACKED, bucketing="loop"), params)
+    assert collectives(program) == ({"all-to-all": 2}, {})
+
+
 STACKED = fo.Routing(min_dim=8, stacked=("layers",))
 
 

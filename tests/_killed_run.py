@@ -51,7 +51,18 @@ def run(folder: pathlib.Path, steps: int, every: int) -> None:
     }
     params = jax.device_put(params, shardings)
     tx = fo.fusion_opt(1e-2, routing=ROUTING)
-    state = tx.init(params)
+    # One program for every step, the first after a start too: what is not divided lies
+    # on the whole mesh from the start, and stays there. Another program may round in
+    # another way.
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    state = jax.tree.map(
+        lambda leaf: (
+            leaf
+            if isinstance(leaf.sharding, NamedSharding)
+            else jax.device_put(leaf, everywhere)
+        ),
+        tx.init(params),
+    )
 
     def loss_fn(params, rows, key):
         hidden = rows + 0.1 * jax.random.normal(key, rows.shape)
@@ -65,8 +76,10 @@ def run(folder: pathlib.Path, steps: int, every: int) -> None:
         updates, state = tx.update(grads, state, params, value=loss)
         return optax.apply_updates(params, updates), state
 
-    train_step = jax.jit(train_step, donate_argnums=(0, 1))
-    key, generator, drawn, first = jax.random.key(1), np.random.default_rng(2), 0, 0
+    placed = jax.tree.map(lambda leaf: leaf.sharding, (params, state))
+    train_step = jax.jit(train_step, donate_argnums=(0, 1), out_shardings=placed)
+    key = jax.device_put(jax.random.key(1), everywhere)
+    generator, drawn, first = np.random.default_rng(2), 0, 0
 
     def extra():
         return {"key": key, "rows": generator.bit_generator.state, "drawn": drawn}
@@ -92,6 +105,7 @@ def run(folder: pathlib.Path, steps: int, every: int) -> None:
                 )
             jax.block_until_ready(params)
             say(f"step {step}")
+    assert train_step._cache_size() <= 1
     leaves = jax.tree.leaves((params, state, jax.random.key_data(key)))
     np.savez(folder / "final.npz", *map(np.asarray, leaves), drawn=drawn)
 

@@ -104,7 +104,7 @@ def middles(tree: Params) -> list[Array]:
     return automatic(slices, leaves, like=[PartitionSpec()] * len(leaves))
 
 
-def _sampled(leaves: list[Array]) -> list[int]:
+def _sampled(leaves: list[Any]) -> list[int]:
     """Which leaves an entry is kept of: the smallest, as far as a share of all goes."""
     sizes = [math.prod(jnp.shape(leaf)) for leaf in leaves]
     left = max(_SMALL_TREE, _SAMPLED_SHARE * sum(sizes))

@@ -4,6 +4,7 @@
     python examples/train_dit.py --optimizer adamw      # to compare optimizers
     python examples/train_dit.py --data my_images       # one subfolder per class
     python examples/train_dit.py --data my_images --latents vae      # in its latents
+    python examples/train_dit.py --mesh data=2,fsdp=4   # on eight devices
     python examples/train_dit.py --resume               # continue after Ctrl-C
 
 The parts are in `dit_training/`, one subject per file; this file puts them together.
@@ -16,14 +17,18 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from dit_training import (
     autoencoder,
+    devices,
     folders,
     optimizers,
     options,
@@ -34,6 +39,7 @@ from dit_training import (
 from dit_training.checkpoints import Checkpoints
 from dit_training.data import Dataset, load
 from dit_training.errors import RunError
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from fusionopt_jax import dit
@@ -46,31 +52,50 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     try:
         given = options.parse(arguments)
+        if given.processes > 1:
+            devices.join(given.coordinator, given.processes, given.process_id)
         settings, folder = options.resolve(given)
-        run(settings, folder, resume=given.resume)
+        mesh = devices.start(settings.mesh, given.processes)
+        run(settings, folder, mesh, resume=given.resume)
     except RunError as error:
         print(f"train_dit.py: error: {error}", file=sys.stderr)
-        return 2
+        return devices.left(2)
     except OSError as error:
         print(
             f"train_dit.py: error: {error}; what was written before is kept",
             file=sys.stderr,
         )
-        return 2
+        return devices.left(2)
     except KeyboardInterrupt as stopped:
+        if str(stopped):
+            # All of them have stopped at this step.
+            devices.part()
         print(f"stopped; {str(stopped) or 'what was written is kept'}", file=sys.stderr)
-        return 130
+        return devices.left(130)
+    except Exception as error:
+        if not devices.several():
+            raise
+        lost = devices.lost(error)
+        if lost is None:
+            traceback.print_exc()
+            return devices.left(1)
+        print(f"train_dit.py: error: {lost}", file=sys.stderr)
+        return devices.left(3)
     return 0
 
 
-def run(settings: options.Settings, folder: Path, *, resume: bool) -> None:
+def run(
+    settings: options.Settings, folder: Path, mesh: Mesh | None, *, resume: bool
+) -> None:
     """Train, sample, measure; everything worth keeping lands in `folder`."""
     coder = None
     if settings.latents is not None:
         coder = autoencoder.load(settings.latents)
     data = load(settings.data, keep_bytes=coder is not None)
     model = options.model_config(settings, data, coder)
-    with folders.claimed(folder):
+    placed = None if mesh is None else devices.placement(mesh, settings, model)
+    first = devices.is_first()
+    with folders.claimed(folder) if first else contextlib.nullcontext():
         if not resume and folders.has_checkpoint(folder):
             raise RunError(
                 f"--out {folder}: it already holds a run; continue it with --resume, "
@@ -80,76 +105,123 @@ def run(settings: options.Settings, folder: Path, *, resume: bool) -> None:
         with contextlib.closing(
             Checkpoints(folder / "checkpoints", config)
         ) as checkpoints:
-            state = first_state(settings, model, checkpoints, resume)
-            # Written only now: a refused --resume must leave the folder as it was.
-            write_json(folder / "config.json", config)
-            weights = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-            print(
-                f"{len(data.train_images)} images of {len(data.class_names)} classes "
-                f"to train on, {len(data.held_out_images)} held out; {weights:,} "
-                f"weights; {settings.optimizer}, learning rate "
-                f"{settings.learning_rate:g}"
-            )
+            state = first_state(settings, model, placed, checkpoints, resume)
+            if first:
+                # Only now: a refused --resume must leave the folder as it was.
+                write_json(folder / "config.json", config)
+                print(summary_of_start(settings, data, state.params, mesh))
             if coder is not None:
-                data = coder.encoded(data, folder / "latents.npz")
-            metrics = report.MetricsFile(folder / "metrics.csv", int(state.step))
-            state = train(state, settings, model, data, metrics, checkpoints, folder)
-        measure(state, settings, model, data, folder, coder)
+                with devices.first_before_others("latents"):
+                    data = coder.encoded(data, folder / "latents.npz")
+            metrics = (
+                report.MetricsFile(folder / "metrics.csv", int(state.step))
+                if first
+                else report.NoMetrics()
+            )
+            state = train(
+                state, settings, model, placed, data, metrics, checkpoints, folder
+            )
+        params = optimizers.deployed(settings.optimizer, state.opt_state, state.params)
+        if placed is not None:
+            params = placed.collected(params)
+        # The rest is for one device. Others that waited for it would do so too long.
+        devices.part()
+        if first:
+            measure(params, settings, model, data, folder, coder)
 
 
 def first_state(
     settings: options.Settings,
     model: dit.DiTConfig,
+    placed: devices.Placement | None,
     checkpoints: Checkpoints,
     resume: bool,
 ) -> training.TrainState:
     """A fresh state, or that of the checkpoint to go on from."""
     start = partial(training.init_state, model, settings.optimizer, settings.seed)
     if not resume:
-        return start()
-    state = checkpoints.restore(jax.eval_shape(start))
+        return start() if placed is None else placed.first_state(start)
+    state = checkpoints.restore(
+        jax.eval_shape(start) if placed is None else placed.shapes
+    )
     if int(state.step) > settings.steps:
         raise RunError(
             f"--steps {settings.steps}: {checkpoints.folder} is at step "
             f"{int(state.step)} already; give at least as many"
         )
-    return state
+    return state if placed is None else placed.restored(state)
+
+
+def steps_and_loss(
+    settings: options.Settings,
+    model: dit.DiTConfig,
+    placed: devices.Placement | None,
+    data: Dataset,
+) -> tuple[Callable[..., Any], Callable[..., jax.Array]]:
+    """`(state, step) -> (state, loss, step size)`, and `params -> validation loss`."""
+    horizon = optimizers.horizon(settings.optimizer, settings.steps)
+    seed, rate = np.int32(settings.seed), np.float32(settings.learning_rate)
+    arrays = data.train_images, data.train_labels
+    held_out = data.held_out_images, data.held_out_labels
+    validation_loss = training.make_validation_loss(model)
+    if placed is None:
+        arrays, held_out = jax.tree.map(jnp.asarray, (arrays, held_out))
+        step_on_all = training.make_train_step(
+            model, settings.optimizer, horizon, settings.batch_size
+        )
+        return (
+            lambda state, _: step_on_all(state, *arrays, seed, rate),
+            lambda params: validation_loss(params, *held_out),
+        )
+    held_out = placed.feed(*held_out, rows=np.arange(len(held_out[0])))
+    step_on_batch = training.make_fed_step(
+        model, settings.optimizer, horizon, placed.state
+    )
+
+    def fed_step(state: training.TrainState, step: int) -> Any:
+        """One step, each process handing over what its devices take of the batch."""
+        rows = training.rows_on_host(
+            settings.seed, step - 1, len(arrays[0]), settings.batch_size
+        )
+        return step_on_batch(state, *placed.feed(*arrays, rows=rows), seed, rate)
+
+    return fed_step, lambda params: validation_loss(params, *held_out)
 
 
 def train(
     state: training.TrainState,
     settings: options.Settings,
     model: dit.DiTConfig,
+    placed: devices.Placement | None,
     data: Dataset,
-    metrics: report.MetricsFile,
+    metrics: report.MetricsFile | report.NoMetrics,
     checkpoints: Checkpoints,
     folder: Path,
 ) -> training.TrainState:
     """Make the steps that are left; a checkpoint is written only of finite numbers."""
-    train_step = training.make_train_step(
-        model,
-        settings.optimizer,
-        optimizers.horizon(settings.optimizer, settings.steps),
-        settings.batch_size,
-    )
-    validation_loss = training.make_validation_loss(model)
-    images, labels = jnp.asarray(data.train_images), jnp.asarray(data.train_labels)
-    held_out = jnp.asarray(data.held_out_images), jnp.asarray(data.held_out_labels)
-    seed, rate = jnp.int32(settings.seed), jnp.float32(settings.learning_rate)
-
+    train_step, validation_loss = steps_and_loss(settings, model, placed, data)
     done = int(state.step)
     started = time.perf_counter() - metrics.last.seconds
     pending: list[tuple[jax.Array, jax.Array]] = []
     with (
         interruptible() as interrupted,
-        tqdm(total=settings.steps, initial=done, unit="step", smoothing=0.1) as bar,
+        tqdm(
+            total=settings.steps,
+            initial=done,
+            unit="step",
+            smoothing=0.1,
+            disable=not devices.is_first(),
+        ) as bar,
     ):
         for step in range(done + 1, settings.steps + 1):
-            state, loss, step_size = train_step(state, images, labels, seed, rate)
+            state, loss, step_size = train_step(state, step)
             pending.append((loss, step_size))
-            stopping = interrupted.is_set()
             evaluating = step % settings.eval_every == 0 or step == settings.steps
-            if not (stopping or evaluating or len(pending) == FETCH_EVERY):
+            looking = evaluating or len(pending) == FETCH_EVERY
+            # Several processes stop at the same step: they ask when they look anyway.
+            asking = looking or not devices.several()
+            stopping = asking and devices.agreed(interrupted.is_set())
+            if not (stopping or looking):
                 continue
 
             rows = [
@@ -167,7 +239,7 @@ def train(
                 )
                 if evaluating:
                     rows[-1] = rows[-1]._replace(
-                        validation_loss=float(validation_loss(params, *held_out)),
+                        validation_loss=float(validation_loss(params)),
                         seconds=time.perf_counter() - started,
                     )
             # Before the checkpoint: a row too many is dropped on resume, a missing one
@@ -185,7 +257,7 @@ def train(
 
 
 def measure(
-    state: training.TrainState,
+    params: Any,
     settings: options.Settings,
     model: dit.DiTConfig,
     data: Dataset,
@@ -195,13 +267,12 @@ def measure(
     """Sample the deployed weights and judge them; the figures land in summary.json."""
     rows = report.read_metrics(folder / "metrics.csv")
     report.plot_losses(rows, settings.optimizer, folder / "loss.png")
-    params = optimizers.deployed(settings.optimizer, state.opt_state, state.params)
     validation = [
         row.validation_loss for row in rows if row.validation_loss is not None
     ]
     summary = {
         "optimizer": settings.optimizer,
-        "steps": int(state.step),
+        "steps": settings.steps,
         "validation_loss": validation[-1],
         **sampling.measure(
             params,
@@ -225,7 +296,7 @@ def measure(
 
 def check_losses(
     rows: list[report.Row],
-    metrics: report.MetricsFile,
+    metrics: report.MetricsFile | report.NoMetrics,
     folder: Path,
     checkpoints: Checkpoints,
 ) -> None:
@@ -272,6 +343,25 @@ def interruptible() -> Iterator[threading.Event]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def summary_of_start(
+    settings: options.Settings, data: Dataset, params: Any, mesh: Mesh | None
+) -> str:
+    """What is about to be trained, on what, and where."""
+    weights = sum(leaf.size for leaf in jax.tree.leaves(params))
+    where = ""
+    if mesh is not None:
+        axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+        where = (
+            f"; {mesh.size} devices ({axes}) of {jax.process_count()} "
+            f"process{'es' if jax.process_count() > 1 else ''}"
+        )
+    return (
+        f"{len(data.train_images)} images of {len(data.class_names)} classes to train "
+        f"on, {len(data.held_out_images)} held out; {weights:,} weights; "
+        f"{settings.optimizer}, learning rate {settings.learning_rate:g}{where}"
+    )
 
 
 def summary_text(summary: dict, folder: Path) -> str:

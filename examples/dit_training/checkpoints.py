@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
@@ -17,10 +18,13 @@ from fusionopt_jax import checkpoints, dit
 
 KEPT = 2
 
-MAY_CHANGE = ("eval_every", "data.source", "latents", "sampling.", "versions.")
+MAY_CHANGE = (
+    *("eval_every", "data.source", "latents", "mesh", "sampling.", "versions."),
+)
 """Settings that don't touch the trajectory of the weights.
 
-An autoencoder is known by its digest, wherever its folder is.
+An autoencoder is known by its digest, wherever its folder is. Another mesh adds numbers
+up in another order, and no more.
 """
 
 
@@ -87,11 +91,12 @@ class Checkpoints:
         except (checkpoints.DamagedCheckpointError, OSError, ValueError) as error:
             raise RunError(f"--resume: {one_line(error)}") from error
         for step, reason in found.skipped.items():
-            print(
-                f"train_dit.py: {self.folder / str(step)} is damaged ({reason}); going "
-                f"on from step {found.step}",
-                file=sys.stderr,
-            )
+            if jax.process_index() == 0:
+                print(
+                    f"train_dit.py: {self.folder / str(step)} is damaged ({reason}); "
+                    f"going on from step {found.step}",
+                    file=sys.stderr,
+                )
             self.manager.delete(step)
         return TrainState(jnp.int32(found.step), found.params, found.opt_state)
 

@@ -26,6 +26,7 @@ class Settings:
     steps: int = 1250
     seed: int = 0
     eval_every: int = 125
+    mesh: str | None = None
     data: str = "digits"
     latents: str | None = None
     batch_size: int = 64
@@ -41,7 +42,16 @@ class Settings:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line; an option that was not given is None."""
-    return command_line().parse_args(arguments)
+    given = command_line().parse_args(arguments)
+    together = given.process_id is not None, given.coordinator is not None
+    if given.processes > 1 and not all(together):
+        raise RunError(
+            f"--processes {given.processes}: give each its --process-id, and all of "
+            "them the same --coordinator HOST:PORT"
+        )
+    if given.processes == 1 and any(together):
+        raise RunError("--process-id and --coordinator: give --processes as well")
+    return given
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -86,6 +96,34 @@ def command_line() -> argparse.ArgumentParser:
     )
     run.add_argument(
         "--seed", type=integer(0), help="of everything random (default: 0)"
+    )
+
+    devices = parser.add_argument_group("devices")
+    devices.add_argument(
+        "--mesh",
+        metavar="AXES",
+        help="divide the work among devices, such as data=2,fsdp=4: data and fsdp "
+        "divide the batch, fsdp the weights too, tensor the inside of each block. A "
+        "CPU is split into as many devices (default: one device, or with --processes "
+        "data=ALL)",
+    )
+    devices.add_argument(
+        "--processes",
+        type=integer(1),
+        default=1,
+        metavar="N",
+        help="how many processes run this command together, each with a --process-id "
+        "of its own and the rest alike; --out is a folder that all of them see "
+        "(default: 1)",
+    )
+    devices.add_argument(
+        "--process-id", type=integer(0), metavar="I", help="which of them: 0 to N - 1"
+    )
+    devices.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="where process 0 can be reached, with a free port, such as "
+        "10.0.0.1:1234; the same for all",
     )
 
     training = parser.add_argument_group("training")
@@ -209,8 +247,8 @@ def saved_options(folder: Path) -> dict[str, Any]:
 
 def settings_in(config: dict[str, Any]) -> dict[str, Any]:
     """The options among all that config.json says."""
-    # Runs in pixels did not always say that they have no autoencoder.
-    config = {"latents": None} | config
+    # Not every run said that it has no autoencoder and no mesh.
+    config = {"latents": None, "mesh": None} | config
     return {field.name: config[field.name] for field in dataclasses.fields(Settings)}
 
 

@@ -52,6 +52,15 @@ class MetricsFile:
         self.last = rows[-1] if rows else self.last
 
 
+class NoMetrics:
+    """What the processes that write no file have in its place."""
+
+    last = Row(0, 0.0, 0.0, None, 0.0)
+
+    def add(self, rows: list[Row]) -> None:
+        """Leave it to the process that writes."""
+
+
 def line_of(row: Row) -> str:
     """A row as it stands in the file."""
     measured = "" if row.validation_loss is None else f"{row.validation_loss:.7g}"

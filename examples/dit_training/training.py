@@ -48,9 +48,9 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, jax.Array, jax.Array]]:
     """`(state, images, labels, seed, learning_rate) -> (state, loss, step size)`.
 
-    Seed and learning rate are arguments of the compiled function, so that a study of
-    several seeds and rates compiles once, as does a run that is resumed in the same
-    process. The old state is donated.
+    `images` and `labels` are all there are. Seed and learning rate are arguments of the
+    compiled function, so that a study of several seeds and rates compiles once, as does
+    a run that is resumed in the same process. The old state is donated.
     """
 
     @partial(jax.jit, donate_argnums=0)
@@ -63,34 +63,103 @@ def make_train_step(
     ) -> tuple[TrainState, jax.Array, jax.Array]:
         order_key, noise_key = jax.random.split(jax.random.key(seed))
         rows = batch_rows(order_key, state.step, len(images), batch_size)
-        loss, gradients = jax.value_and_grad(dit.rectified_flow_loss)(
-            state.params,
+        return update(
             config,
+            optimizer,
+            steps,
+            state,
             images[rows],
             labels[rows],
-            jax.random.fold_in(noise_key, state.step),
+            noise_key,
+            learning_rate,
         )
-        tx = optimizers.build(optimizer, learning_rate, steps, state.params)
-        updates, opt_state = tx.update(
-            gradients, state.opt_state, state.params, value=loss
-        )
-        factor = optimizers.step_size(optimizer, steps, opt_state, state.step)
-        params = jax.tree.map(jnp.add, state.params, updates)
-        return TrainState(state.step + 1, params, opt_state), loss, factor
 
     return train_step
+
+
+def make_fed_step(
+    config: dit.DiTConfig, optimizer: str, steps: int, shardings: TrainState
+) -> Callable[..., tuple[TrainState, jax.Array, jax.Array]]:
+    """The same step for a state on a mesh, handed the `images` of its batch alone.
+
+    `shardings` says where the state lies, before and after.
+    """
+    whole = shardings.step
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, whole, whole))
+    def train_step(
+        state: TrainState,
+        images: jax.Array,
+        labels: jax.Array,
+        seed: jax.Array,
+        learning_rate: jax.Array,
+    ) -> tuple[TrainState, jax.Array, jax.Array]:
+        _, noise_key = jax.random.split(jax.random.key(seed))
+        return update(
+            config, optimizer, steps, state, images, labels, noise_key, learning_rate
+        )
+
+    return train_step
+
+
+def update(
+    config: dit.DiTConfig,
+    optimizer: str,
+    steps: int,
+    state: TrainState,
+    images: jax.Array,
+    labels: jax.Array,
+    noise_key: jax.Array,
+    learning_rate: jax.Array,
+) -> tuple[TrainState, jax.Array, jax.Array]:
+    """One update from one batch: the state after it, the loss and the step size."""
+    loss, gradients = jax.value_and_grad(dit.rectified_flow_loss)(
+        state.params,
+        config,
+        images,
+        labels,
+        jax.random.fold_in(noise_key, state.step),
+    )
+    tx = optimizers.build(optimizer, learning_rate, steps, state.params)
+    updates, opt_state = tx.update(gradients, state.opt_state, state.params, value=loss)
+    factor = optimizers.step_size(optimizer, steps, opt_state, state.step)
+    params = jax.tree.map(jnp.add, state.params, updates)
+    return TrainState(state.step + 1, params, opt_state), loss, factor
 
 
 def batch_rows(
     key: jax.Array, step: jax.Array, count: int, batch_size: int
 ) -> jax.Array:
     """Which images the step takes: each epoch is a fresh permutation of them all."""
+    epoch, rows = places(step, count, batch_size)
+    return epoch_order(key, epoch, count)[rows]
+
+
+def places(step: Any, count: int, batch_size: int) -> tuple[Any, Any]:
+    """The epoch of a step, and where in that epoch's order its images stand."""
     per_epoch = max(count // batch_size, 1)
     epoch, place = step // per_epoch, step % per_epoch
-    order = jax.random.permutation(jax.random.fold_in(key, epoch), count)
     # A set smaller than one batch goes round again.
-    rows = place * batch_size + jnp.arange(batch_size)
-    return order[rows % count]
+    return epoch, (place * batch_size + np.arange(batch_size, dtype=np.int32)) % count
+
+
+def epoch_order(key: jax.Array, epoch: Any, count: int) -> jax.Array:
+    """The order of all images in one epoch."""
+    return jax.random.permutation(jax.random.fold_in(key, epoch), count)
+
+
+def rows_on_host(seed: int, step: int, count: int, batch_size: int) -> np.ndarray:
+    """:func:`batch_rows` of a run's seed, for processes that look images up there."""
+    epoch, rows = places(step, count, batch_size)
+    return _host_order(seed, epoch, count)[rows]
+
+
+@lru_cache(maxsize=1)
+def _host_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The order of one epoch, computed once and beside the devices that train."""
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        order_key, _ = jax.random.split(jax.random.key(np.int32(seed)))
+        return np.asarray(epoch_order(order_key, epoch, count))
 
 
 @lru_cache
@@ -113,7 +182,11 @@ def make_validation_loss(config: dit.DiTConfig) -> Callable[..., jax.Array]:
 
 
 def all_finite(tree: Any) -> bool:
-    """Whether no number in a tree is NaN or infinite."""
-    return all(
-        np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(tree))
-    )
+    """Whether no number in a tree is NaN or infinite, wherever the arrays lie."""
+    return bool(_all_finite(jax.tree.leaves(tree)))
+
+
+@jax.jit
+def _all_finite(leaves: list[jax.Array]) -> jax.Array:
+    """One number from each device, instead of all numbers from all of them."""
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]))

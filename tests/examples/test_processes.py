@@ -1,4 +1,4 @@
-"""The main job on a mesh and in several processes."""
+"""The main job on a mesh and in several processes, one of which may be lost."""
 
 import contextlib
 import os
@@ -25,6 +25,8 @@ TINY = [
     *("--steps", "6", "--eval-every", "2", "--learning-rate", "1e-4"),
 ]
 ROOT = Path(train_dit.__file__).parents[1]
+# Longer than JAX takes to notice a process that says nothing any more.
+LOST_WITHIN = 6 * devices.HEARTBEAT_SECONDS
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +126,9 @@ MESHES = {2: "data=2", 4: "data=2,fsdp=2"}
         pytest.param(4, marks=pytest.mark.slow),
     ],
 )
-def test_processes_end_where_one_does(count, images, tmp_path):
+def test_processes_end_where_one_does_and_survive_the_loss_of_one(
+    count, images, tmp_path
+):
     mesh = ("--mesh", MESHES[count])
     whole, said = trained_together(images, tmp_path / "whole", count, *mesh)
     assert f"({MESHES[count].replace(',', ', ')}) of {count} processes" in said[0]
@@ -146,6 +150,19 @@ def test_processes_end_where_one_does(count, images, tmp_path):
     )
     # Several times what may differ: the test would notice a step that is left out.
     assert np.median(jax.tree.leaves(moved)) > 5e-5
+
+    killed = tmp_path / "killed"
+    with processes(images, killed, count, *mesh, killed=5) as started:
+        said = [process.communicate(timeout=LOST_WITHIN) for process in started]
+    assert started[-1].returncode == -9
+    for process, (_, errors) in zip(started[:-1], said[:-1], strict=True):
+        # The script's own error, or JAX's if that notices first.
+        ours = process.returncode == 3 and "lost another process" in errors
+        theirs = process.returncode == -6 and "another task died" in errors
+        assert ours or theirs, (process.returncode, errors)
+    assert not (killed / "summary.json").exists()
+    resumed, _ = trained_together(images, killed, count, "--resume")
+    chex.assert_trees_all_equal(resumed, whole)
 
 
 def model_of(images):

@@ -122,12 +122,13 @@ def spread(
     return spread_function
 
 
-def stored(tree: Any, *leaves: Array) -> Any:
+def stored(tree: Any, *leaves: Any) -> Any:
     """A tree of state of which every device of the leaves' mesh holds its part.
 
     Args:
         tree: Arrays `(count, ...)` of what is remembered of a stack's matrices.
-        leaves: What lies on the mesh. Where they are traced, so are the arrays.
+        leaves: What lies on the mesh, or shapes. Where they are traced, so are the
+            arrays.
     """
     mesh = _mesh(leaves)
     if _free_axes(mesh)[1] == 1:

@@ -119,10 +119,11 @@ def warm_start_report(
         >>> import jax.numpy as jnp, optax, fusionopt_jax as fo
         >>> params = {"w": jnp.ones((2, 2))}
         >>> old_state = optax.trace(0.9).init(params)
-        >>> fo.warm_start_report(
+        >>> report = fo.warm_start_report(
         ...     optax.chain(fo.mona(), optax.trace(0.9)), params, old_state
         ... )
-        WarmStartReport(carried=('TraceState',), started=('MONAState',), dropped=())
+        >>> report.carried, report.started
+        (('TraceState',), ('MONAState',))
     """
     new_state = accepting_extra_args(tx).init(params)
     return carry(new_state, params, _entries(old_state, params))[1]

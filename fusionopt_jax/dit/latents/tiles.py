@@ -161,9 +161,11 @@ def in_tiles(
         decode,
         jax.ShapeDtypeStruct((batch, tile, tile, channels), latents.dtype),
     )
-    # Zeros that lie on the devices as the batch does.
+    # Zeros that lie on the devices as the batch does: made of it, since `zeros_like` of
+    # an array on an explicit mesh lies anywhere in newer versions of JAX.
+    zeros = 0 * jnp.isnan(latents[:, :1, :1, :1]).astype(out.dtype)
     image = jnp.broadcast_to(
-        jnp.zeros_like(latents[:, :1, :1, :1], dtype=out.dtype),
+        zeros,
         (batch, height * factor, width * factor, out.shape[-1]),
     )
     places = jax.tree.map(jnp.asarray, (corners, row_weights, column_weights))

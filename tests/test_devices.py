@@ -43,10 +43,7 @@ ALL = [
     for kind in (AxisType.Auto, AxisType.Explicit)
 ]
 # What differs most from one device, and from the layouts of other tests.
-EVERY_RUN = [
-    ("sf_normuon", "rows", AxisType.Explicit),
-    ("full", "two_axes", AxisType.Auto),
-]
+EVERY_RUN = [("full", "two_axes", AxisType.Auto)]
 
 
 def spec(layout, leaf):

@@ -54,8 +54,9 @@ def test_every_optimizer_can_take_a_step_at_the_default_size(optimizer):
 def test_every_option_has_a_run():
     given = {text for run in (SHORT, *RUNS.values()) for text in run}
     known = set(re.findall(r"--[a-z-]+", options.command_line().format_help()))
-    # Each has tests of its own in `test_train_dit`.
+    # Each has tests of its own in `test_train_dit` or `test_processes`.
     elsewhere = {"--help", "--latents", "--out", "--resume"}
+    elsewhere |= {"--mesh", "--processes", "--process-id", "--coordinator"}
     assert {text for text in given if text.startswith("--")} == known - elsewhere
     assert {*optimizers.NAMES} <= {"fusion", *given}
 

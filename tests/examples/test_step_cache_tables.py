@@ -60,6 +60,7 @@ def test_figures_by_hand(tables):
             [("ddim", 50), ("euler", 25)],
             [("ddim", 25), ("ddim", 10), ("euler", 50), ("euler", 10)],
         ),
+        ("step_cache_glyphs.json", [("ddim", 50)], []),
     ],
 )
 def test_the_page_has_them(tables, file, detailed, others):

@@ -141,8 +141,10 @@ def test_schedule_free_can_go_through_the_leaves_one_by_one():
     leaf = jax.ShapeDtypeStruct((1024, 512), jnp.float32)
     params = {f"kernel_{i}": leaf for i in range(8)} | {"bias": jnp.zeros(8)}
     tx = fo.schedule_free(optax.scale_by_rms(0.99), 1e-3)
+    # A schedule of XLA's for CPUs, which every machine has one of.
     schedule = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-    program = lowered(tx, params).compile(schedule)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        program = lowered(tx, params).compile(schedule)
     # The old iterate of the kernel that is looked at, that of another while its new
     # parameters are made, and a few scalars.
     assert program.memory_analysis().temp_size_in_bytes <= 2 * 4 * leaf.size + 4096

@@ -19,7 +19,12 @@ from fusionopt_jax import checkpoints, dit
 KEPT = 2
 
 MAY_CHANGE = (
-    *("eval_every", "data.source", "latents", "mesh", "sampling.", "versions."),
+    "eval_every",
+    "data.source",
+    "latents",
+    "mesh",
+    "sampling.",
+    "versions.",
 )
 """Settings that don't touch the trajectory of the weights.
 

@@ -87,7 +87,7 @@ def get(name: str) -> Workload:
     if name in SIZES:
         return _lm(name, SIZES[name])
     if name in SHAPES:
-        return _flow(name, *_images("digits"), *SHAPES[name])
+        return _flow(name, "digits", *SHAPES[name])
     if name in AWAY:
         return _away(name, *AWAY[name])
     made = {"lm": _lm, "vit": _vit, "conv": _conv}
@@ -135,42 +135,45 @@ def _lm(name: str = "lm", width: int = WIDTH) -> Workload:
 
 def _vit() -> Workload:
     """A patch classifier of drawn characters; a font family held out."""
-    data = glyphs.load()
-    batch, classes, tokens = 32, len(data.class_names), (glyphs.SIDE // PATCH) ** 2
-
-    def validate(params: Any, held_out: Any) -> jax.Array:
-        images, labels = held_out
-        logits = transformer.apply(params, patches(images), causal=False)
-        return _cross_entropy(logits.mean(1), labels)
-
-    def loss(params: Any, train: Any, step: jax.Array, seed: jax.Array) -> jax.Array:
-        order, _ = keys_of(seed, step)
-        rows = batch_rows(order, step, len(train[1]), batch)
-        return validate(params, (train[0][rows], train[1][rows]))
-
-    return Workload(
-        name="vit",
-        init=lambda seed: transformer.init(
+    classes, tokens = len(glyphs.CHARACTERS), (glyphs.SIDE // PATCH) ** 2
+    return _classifier(
+        "vit",
+        lambda seed: transformer.init(
             jax.random.key(seed), PATCH * PATCH, classes, tokens, WIDTH, DEPTH
         ),
-        loss=loss,
-        validate=validate,
-        train=(jnp.asarray(data.train_images), jnp.asarray(data.train_labels)),
-        held_out=(jnp.asarray(data.held_out_images), jnp.asarray(data.held_out_labels)),
-        routing=transformer.routing(),
-        unchunked=transformer.routing(chunks=False),
-        digest=data.digest,
+        lambda params, images: transformer.apply(
+            params, patches(images), causal=False
+        ).mean(1),
+        transformer.routing(),
+        transformer.routing(chunks=False),
     )
 
 
 def _conv() -> Workload:
     """A convolutional classifier of the same characters."""
-    data = glyphs.load()
-    batch, classes = 32, len(data.class_names)
+    classes = len(glyphs.CHARACTERS)
+    return _classifier(
+        "conv",
+        lambda seed: convnet.init(jax.random.key(seed), classes),
+        convnet.apply,
+        convnet.ROUTING,
+        convnet.ROUTING,
+    )
+
+
+def _classifier(
+    name: str,
+    init: Callable[[int], Any],
+    logits: Callable[[Any, jax.Array], jax.Array],
+    routing: fo.Routing,
+    unchunked: fo.Routing,
+) -> Workload:
+    """Which of the characters an image shows."""
+    data, batch = glyphs.load(), 32
 
     def validate(params: Any, held_out: Any) -> jax.Array:
         images, labels = held_out
-        return _cross_entropy(convnet.apply(params, images), labels)
+        return _cross_entropy(logits(params, images), labels)
 
     def loss(params: Any, train: Any, step: jax.Array, seed: jax.Array) -> jax.Array:
         order, _ = keys_of(seed, step)
@@ -178,26 +181,26 @@ def _conv() -> Workload:
         return validate(params, (train[0][rows], train[1][rows]))
 
     return Workload(
-        name="conv",
-        init=lambda seed: convnet.init(jax.random.key(seed), classes),
+        name=name,
+        init=init,
         loss=loss,
         validate=validate,
         train=(jnp.asarray(data.train_images), jnp.asarray(data.train_labels)),
         held_out=(jnp.asarray(data.held_out_images), jnp.asarray(data.held_out_labels)),
-        routing=convnet.ROUTING,
-        unchunked=convnet.ROUTING,
+        routing=routing,
+        unchunked=unchunked,
         digest=data.digest,
     )
 
 
 def _glyphs() -> Workload:
     """A DiT of drawn characters; a font family held out."""
-    return _flow("glyphs", *_images("glyphs"))
+    return _flow("glyphs", "glyphs")
 
 
 def _digits() -> Workload:
     """A DiT of handwritten digits; 400 images held out."""
-    return _flow("digits", *_images("digits"))
+    return _flow("digits", "digits")
 
 
 def _config(
@@ -260,14 +263,9 @@ def _images(task: str) -> tuple[images_data.Dataset, int]:
     return images_data.load("digits"), 2
 
 
-def _flow(
-    name: str,
-    data: images_data.Dataset,
-    patch: int,
-    depth: int = DEPTH,
-    width: int = WIDTH,
-) -> Workload:
-    """A small DiT that learns a rectified flow."""
+def _flow(name: str, task: str, depth: int = DEPTH, width: int = WIDTH) -> Workload:
+    """A small DiT that learns a rectified flow on the images of a task."""
+    data, patch = _images(task)
     batch = 32
     config = _config(data, patch, depth, width)
 
@@ -292,7 +290,7 @@ def _flow(
         )
         sampler = dit.Sampler.euler(steps=25)
         images = dit.sample(params, config, None, noise, labels, sampler, cfg_scale=1.0)
-        images, model = np.asarray(images), _judge(name.partition("_")[0])
+        images, model = np.asarray(images), _judge(task)
         return {
             "frechet_distance": quality.frechet_distance(model, images),
             "label_accuracy": quality.label_accuracy(model, images, labels),
@@ -315,8 +313,8 @@ def _flow(
 
 
 @lru_cache
-def _judge(name: str) -> quality.Judge:
-    return quality.fit_judge(_images(name)[0])
+def _judge(task: str) -> quality.Judge:
+    return quality.fit_judge(_images(task)[0])
 
 
 def _without_chunks(routing: fo.Routing) -> fo.Routing:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from fusionopt_jax._matrices.loop import each
 from fusionopt_jax._matrices.placement import (
     alike,
     automatic,
@@ -336,7 +337,7 @@ def _loop(
     if view.batch_axes == (0,) and view.shape[0] > 1:
         # Splitting the whole leaf would copy it.
         layer = view.one_layer()
-        return _each(
+        return each(
             view.shape[0],
             lambda written, read: _loop(
                 calls, (written[0], *read[0]), layer, written[1], read[1]
@@ -363,7 +364,7 @@ def _each_matrix(
 ) -> tuple[Stack, Any]:
     """The function of each matrix of a stack, in turn."""
     first, *read = stacks
-    return _each(
+    return each(
         first.shape[0],
         lambda written, read: function(
             (written[0], *read[0]), written[1], read[1], *scalars
@@ -371,36 +372,6 @@ def _each_matrix(
         (first, state),
         (tuple(read), ids),
     )
-
-
-def _each(
-    count: int, function: Callable[[Any, Any], Any], written: Any, read: Any
-) -> Any:
-    """`function` of each of `count` parts, in turn, written where the part was read.
-
-    All are trees of arrays that are divided along their first axes. `jax.lax.map` would
-    fill second arrays with zeros before it starts.
-    """
-    if count == 1:
-        return function(written, read)
-
-    def step(i: Array, written: Any) -> Any:
-        def part(array: Array) -> Array:
-            size = array.shape[0] // count
-            return jax.lax.dynamic_slice_in_dim(array, i * size, size)
-
-        def replaced(array: Array, old: Array, new: Array) -> Array:
-            # What the function hands through needn't be written again.
-            if new is old:
-                return array
-            start = i * (array.shape[0] // count)
-            return jax.lax.dynamic_update_slice_in_dim(array, new, start, 0)
-
-        old = jax.tree.map(part, written)
-        new = function(old, jax.tree.map(part, read))
-        return jax.tree.map(replaced, written, old, new)
-
-    return jax.lax.fori_loop(0, count, step, written)
 
 
 def _ids(view: MatrixView, key: int) -> tuple[Array, ...]:

@@ -154,6 +154,22 @@ class DiTConfig:
         return self.num_classes
 
 
+def differences(kept: DiTConfig, used: DiTConfig, where: str) -> str:
+    """The fields in which two configs differ, for an error.
+
+    Args:
+        kept: The config that something was made for.
+        used: The one that it is used with.
+        where: Where the first is kept, such as "in the cache".
+    """
+    names = [field.name for field in dataclasses.fields(DiTConfig)]
+    return ", ".join(
+        f"{name} ({getattr(kept, name)} {where}, {getattr(used, name)} in use)"
+        for name in names
+        if getattr(kept, name) != getattr(used, name)
+    )
+
+
 _PUBLISHED = {
     "S": DiTConfig(hidden_size=384, depth=12, num_heads=6),
     "B": DiTConfig(hidden_size=768, depth=12, num_heads=12),

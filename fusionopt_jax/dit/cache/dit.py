@@ -15,7 +15,7 @@ from fusionopt_jax._types import Params
 from fusionopt_jax.dit.cache.file import read_arrays, write_arrays
 from fusionopt_jax.dit.cache.fingerprint import PARTS, fingerprint
 from fusionopt_jax.dit.cache.table import StaleCacheError, Table
-from fusionopt_jax.dit.config import DiTConfig
+from fusionopt_jax.dit.config import DiTConfig, differences
 from fusionopt_jax.dit.network.model import as_dict
 from fusionopt_jax.dit.network.modulation import (
     CachedModulation,
@@ -194,15 +194,10 @@ class TimeConditioningCache(Table):
         """Require the same config."""
         if self.config == config:
             return
-        names = [
-            f"{field.name} ({getattr(self.config, field.name)} in the cache, "
-            f"{getattr(config, field.name)} in use)"
-            for field in dataclasses.fields(config)
-            if getattr(self.config, field.name) != getattr(config, field.name)
-        ]
         raise StaleCacheError(
-            f"the cache was built for another config: {', '.join(names)}; build it "
-            "again with `build_cache`."
+            "the cache was built for another config: "
+            f"{differences(self.config, config, 'in the cache')}; build it again with "
+            "`build_cache`."
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:

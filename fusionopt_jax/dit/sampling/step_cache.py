@@ -25,7 +25,7 @@ from fusionopt_jax import _checks
 from fusionopt_jax._types import Params
 from fusionopt_jax.dit.cache.fingerprint import WeightDigests, weight_digests
 from fusionopt_jax.dit.cache.table import StaleCacheError
-from fusionopt_jax.dit.config import DiTConfig
+from fusionopt_jax.dit.config import DiTConfig, differences
 from fusionopt_jax.dit.network.model import as_dict
 from fusionopt_jax.dit.network.residuals import Plan, Recall
 from fusionopt_jax.dit.sampling.extrapolation import extrapolation, source_steps
@@ -228,16 +228,12 @@ class StepCache:
                 f"the step cache was chosen for {self.sampler}, not for {sampler}; "
                 f"calibrate it again, or {_UNPIN}."
             )
-        if None not in (self.config, config) and self.config != config:
-            names = [
-                f"{field.name} ({getattr(self.config, field.name)} there, "
-                f"{getattr(config, field.name)} in use)"
-                for field in dataclasses.fields(DiTConfig)
-                if getattr(self.config, field.name) != getattr(config, field.name)
-            ]
+        kept = self.config
+        if kept is not None and config is not None and kept != config:
             raise StaleCacheError(
-                f"the step cache was chosen for another config: {', '.join(names)}; "
-                f"calibrate it again, or {_UNPIN}."
+                "the step cache was chosen for another config: "
+                f"{differences(kept, config, 'there')}; calibrate it again, or "
+                f"{_UNPIN}."
             )
         if self.fingerprint is None or params is None:
             return

@@ -257,8 +257,8 @@ def exchanged(stack: Stack, devices: int, *, shampoo: bool) -> float:
     """Bytes that a device receives for a bucket: all-to-all, in and back."""
     m, n = stack.sides
     received = FP32 * share(stack, devices) * (1 - 1 / devices)
-    # ns5: the direction in and back; KL-Shampoo: momentum and gradient in, one back.
-    total = (5 if shampoo else 2) * received * m * n
+    # The momentum in and the direction back; the gradient where factors learn from it.
+    total = (3 if shampoo else 2) * received * m * n
     if shampoo and stack.count % devices:
         # Factors and bases that can't stay with whole matrices travel as well.
         total += 2 * received * kronecker_sizes(stack._replace(count=1))

@@ -237,12 +237,9 @@ def compiled(
     tx = fo.fusion_opt(1e-3, components=components, routing=routing)
     shapes = jax.eval_shape(tx.init, params)
     own = jax.jit(tx.init).lower(params).compile().output_shardings
-    own_shape = {leaf.shape: leaf.sharding for leaf in params.values()}
 
     def as_stored(leaf: Any, sharding: Any) -> Any:
-        if leaf.shape in own_shape:
-            sharding = own_shape[leaf.shape]
-        elif len(sharding.device_set) < mesh.size:
+        if len(sharding.device_set) < mesh.size:
             sharding = everywhere
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 

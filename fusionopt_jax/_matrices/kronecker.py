@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from fusionopt_jax._matrices.buckets import Bucketing, map_stateful
+from fusionopt_jax._matrices.buckets import Bucketing, StackFunction, map_stateful
 from fusionopt_jax._matrices.newton_schulz import frobenius_norm
 from fusionopt_jax._matrices.placement import stored
 from fusionopt_jax._matrices.view import MatrixView, StackShape
@@ -162,6 +162,7 @@ def map_pairs(
     *,
     scalars: Sequence[Array],
     bucketing: Bucketing,
+    then: StackFunction | None = None,
 ) -> tuple[Any, list[Any]]:
     """`function` of every leaf's stacks and pairs, and the trees of its pairs after it.
 
@@ -176,10 +177,16 @@ def map_pairs(
         hole: As for `first_trees`.
         scalars: Arrays that every call is handed.
         bucketing: See `map_stateful`.
+        then: What becomes of each result while it is still a stack.
     """
+
+    def whole(*given: Any) -> tuple[Array, Pair]:
+        U, pair = function(*given)
+        return U if then is None else then(U), pair
+
     leaves, treedef = jax.tree.flatten(gradients)
     results, pairs = map_stateful(
-        function,
+        whole,
         [treedef.flatten_up_to(directions), leaves],
         views,
         states=state_pairs(gradients, views, trees, kind),

@@ -76,16 +76,21 @@ def spread(
         return function
 
     def spread_function(
-        stacks: Any, state: Any, ids: Array, *scalars: Array
+        stacks: tuple[Array, ...], state: Any, ids: Array, *scalars: Array
     ) -> tuple[Array, Any]:
         count = ids.shape[0]
         share = PartitionSpec() if count == 1 else PartitionSpec(axes)
 
-        def divided(stack: Array) -> Array:
+        def divided(stacks: tuple[Array, ...]) -> list[Array]:
             if count == 1:
-                return _placed(stack, mesh)
-            # What the stack is made of stays as it lies: momentum, above all.
-            return _divided(_bounded(stack, "forward"), mesh, axes)
+                return [_placed(stack, mesh) for stack in stacks]
+            # What the stacks are made of stays as it lies: momentum, above all.
+            bounded = [_bounded(stack, "forward") for stack in stacks]
+            if len(bounded) == 1 or len({stack.dtype for stack in bounded}) > 1:
+                return [_divided(stack, mesh, axes) for stack in bounded]
+            # One exchange for all of them.
+            together = _divided(jnp.stack(bounded, 1), mesh, axes)
+            return [together[:, k] for k in range(len(bounded))]
 
         def collected(stack: Array) -> Array:
             if count == 1:
@@ -113,7 +118,7 @@ def spread(
         )
         # Of concrete arrays it would go through the operations one by one.
         stack, state = jax.jit(alone)(
-            jax.tree.map(divided, stacks),
+            tuple(divided(stacks)),
             *jax.tree.map(fetched, (state, ids)),
             *scalars,
         )

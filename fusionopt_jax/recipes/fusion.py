@@ -21,6 +21,7 @@ from fusionopt_jax._matrices.placement import laid_out, staying
 from fusionopt_jax._optax import (
     TransformLike,
     accepting_extra_args,
+    chained,
     checking_leaves,
     in_float32,
     keeping_dtype,
@@ -189,7 +190,7 @@ def fusion_opt(
     for name in in_place("momentum", chosen):
         whitened = stage("preconditioner", build(name, inner=whitened))
     after = [stage(name, build(name)) for name in in_place("direction", chosen)]
-    spectral = optax.chain(whitened, *after)
+    spectral = chained(whitened, *after)
     for name in in_place("around", chosen):
         spectral = build(name, inner=spectral)
 

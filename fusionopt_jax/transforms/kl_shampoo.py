@@ -28,7 +28,7 @@ from fusionopt_jax._checks import (
     check_number,
 )
 from fusionopt_jax._matrices import kronecker
-from fusionopt_jax._matrices.buckets import BUCKETINGS, Bucketing
+from fusionopt_jax._matrices.buckets import BUCKETINGS, Bucketing, StackFunction
 from fusionopt_jax._matrices.eigenbasis import (
     gram,
     inverse,
@@ -41,7 +41,12 @@ from fusionopt_jax._matrices.eigenbasis import (
     unpack_symmetric,
 )
 from fusionopt_jax._matrices.kronecker import SIDES, Sides
-from fusionopt_jax._optax import TransformLike, accepting_extra_args, transformation
+from fusionopt_jax._optax import (
+    MakesStacks,
+    TransformLike,
+    accepting_extra_args,
+    transformation,
+)
 from fusionopt_jax._types import Array, Count, Number, Params
 from fusionopt_jax.routing import Routing, matrix_views
 
@@ -291,7 +296,11 @@ def kl_shampoo(
         return U.astype(stacks[0].dtype), (renewed(a), renewed(c))
 
     def update_fn(
-        updates: Any, state: KLShampooState, params: Any = None, **extra_args: Any
+        updates: Any,
+        state: KLShampooState,
+        params: Any = None,
+        then: StackFunction | None = None,
+        **extra_args: Any,
     ) -> tuple[Any, KLShampooState]:
         views = matrix_views(updates, routing, "kl_shampoo")
         directions, inner_state = momentum.update(
@@ -308,12 +317,13 @@ def kl_shampoo(
             hole,
             scalars=[state.count, *numbers, jnp.asarray(update_every, jnp.int32)],
             bucketing=bucketing,
+            then=then,
         )
         results = jax.tree.map(lambda r, g: r.astype(g.dtype), results, updates)
         count = jnp.asarray(optax.safe_increment(state.count))
         return results, KLShampooState._make([count, *trees, inner_state])
 
-    return transformation(init_fn, update_fn)
+    return MakesStacks(*transformation(init_fn, update_fn))
 
 
 def _rotated(

@@ -42,7 +42,7 @@ from fusionopt_jax._matrices.newton_schulz import (
     newton_schulz,
     safety_factor,
 )
-from fusionopt_jax._optax import transformation
+from fusionopt_jax._optax import OfStacks, transformation
 from fusionopt_jax._types import Array, Count, Number, Scalar
 from fusionopt_jax.routing import Routing, matrix_views
 
@@ -164,31 +164,36 @@ def ns5(
         check_choice("coefficients", coefficients, COEFFICIENTS)
     table = _checked_table(coefficients, steps)
 
+    def orthogonalise(stack: Array, dtype: HotDtype = hot_dtype) -> Array:
+        result = newton_schulz(
+            stack,
+            table,
+            eps=eps,
+            safety=safety_factor(coefficients),
+            preconditioner=preconditioner,
+            method=method,
+            hot_dtype=dtype,
+        )
+        if scale == "rms":
+            result = _rms_scaled(result)
+        return result.astype(stack.dtype)
+
+    def scaled(updates: Any) -> Any:
+        """Orthogonalised leaves, scaled by what a stack that is turned doesn't tell."""
+        if scale not in ("aspect", "consistent_rms"):
+            return updates
+        by_shape = functools.partial(_scaled_by_shape, scale=scale)
+        views = matrix_views(updates, routing, "ns5")
+        (updates,) = map_leaves(by_shape, views, written=[updates])
+        return updates
+
     def direction(updates: Any, dtype: HotDtype) -> Any:
         """The orthogonalised, scaled updates."""
-
-        def orthogonalise(stack: Array) -> Array:
-            result = newton_schulz(
-                stack,
-                table,
-                eps=eps,
-                safety=safety_factor(coefficients),
-                preconditioner=preconditioner,
-                method=method,
-                hot_dtype=dtype,
-            )
-            if scale == "rms":
-                result = _rms_scaled(result)
-            return result.astype(stack.dtype)
-
         leaves, treedef = jax.tree.flatten(updates)
         views = matrix_views(updates, routing, "ns5")
-        results = map_stacks(orthogonalise, leaves, views, bucketing=bucketing)
-        updates = jax.tree.unflatten(treedef, results)
-        if scale in ("aspect", "consistent_rms"):
-            by_shape = functools.partial(_scaled_by_shape, scale=scale)
-            (updates,) = map_leaves(by_shape, views, written=[updates])
-        return updates
+        function = functools.partial(orthogonalise, dtype=dtype)
+        results = map_stacks(function, leaves, views, bucketing=bucketing)
+        return scaled(jax.tree.unflatten(treedef, results))
 
     def init_fn(params: Any) -> NS5State:
         matrix_views(params, routing, "ns5")
@@ -211,7 +216,13 @@ def ns5(
         count = jnp.asarray(optax.safe_increment(state.count))
         return result, NS5State(count=count, audit_error=audit_error)
 
-    return transformation(init_fn, update_fn)
+    def finish(updates: Any, state: NS5State) -> tuple[Any, NS5State]:
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return scaled(updates), state._replace(count=count)
+
+    tx = transformation(init_fn, update_fn)
+    # An audit compares with what the matrices were before.
+    return tx if audit_every is not None else OfStacks(tx, orthogonalise, finish)
 
 
 def _scaled_by_shape(X: Stack, scale: Scale) -> tuple[Stack]:

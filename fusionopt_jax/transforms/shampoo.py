@@ -23,7 +23,7 @@ from fusionopt_jax._checks import (
     check_number,
 )
 from fusionopt_jax._matrices import kronecker
-from fusionopt_jax._matrices.buckets import BUCKETINGS, Bucketing
+from fusionopt_jax._matrices.buckets import BUCKETINGS, Bucketing, StackFunction
 from fusionopt_jax._matrices.eigenbasis import (
     gram,
     pack_symmetric,
@@ -34,7 +34,12 @@ from fusionopt_jax._matrices.eigenbasis import (
 )
 from fusionopt_jax._matrices.kronecker import SIDES, Sides
 from fusionopt_jax._matrices.placement import device_count
-from fusionopt_jax._optax import TransformLike, accepting_extra_args, transformation
+from fusionopt_jax._optax import (
+    MakesStacks,
+    TransformLike,
+    accepting_extra_args,
+    transformation,
+)
 from fusionopt_jax._types import Array, Count, Number, Params
 from fusionopt_jax.routing import Routing, matrix_views
 
@@ -180,7 +185,11 @@ def shampoo(
         )
 
     def update_fn(
-        updates: Any, state: ShampooState, params: Any = None, **extra_args: Any
+        updates: Any,
+        state: ShampooState,
+        params: Any = None,
+        then: StackFunction | None = None,
+        **extra_args: Any,
     ) -> tuple[Any, ShampooState]:
         views = matrix_views(updates, routing, "shampoo")
         directions, inner_state = momentum.update(
@@ -239,9 +248,10 @@ def shampoo(
             hole,
             scalars=[state.count, *numbers, jnp.asarray(update_every, jnp.int32)],
             bucketing=bucketing,
+            then=then,
         )
         results = jax.tree.map(lambda r, g: r.astype(g.dtype), results, updates)
         count = jnp.asarray(optax.safe_increment(state.count))
         return results, ShampooState._make([count, *trees, inner_state])
 
-    return transformation(init_fn, update_fn)
+    return MakesStacks(*transformation(init_fn, update_fn))

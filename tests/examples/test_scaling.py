@@ -43,8 +43,8 @@ def test_formulas_of_the_full_set_are_those_of_a_program(script, name):
     # KL-Shampoo's state is divided: on every device it would be 3e5 bytes and more.
     assert row["held"] <= row["held, XLA"] <= row["held"] + 1024
     assert row["temporary, XLA"] <= row["temporary"]
-    # Five exchanges of a bucket are counted; the program may make a sixth.
-    assert row["received"] <= row["received, XLA"] <= 1.3 * row["received"]
+    # As for SF-NorMuon: a row of each matrix.
+    assert row["received"] <= row["received, XLA"] <= 1.1 * row["received"]
     # A whole renewal of a basis stands in the program, by Gram-Schmidt.
     assert row["MFLOP"] <= row["MFLOP, XLA"] <= 1.3 * row["MFLOP"]
 

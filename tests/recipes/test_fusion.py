@@ -57,6 +57,37 @@ def recipe(learning_rate=0.1, settings=None, **arguments):
     return fo.fusion_opt(learning_rate, settings=settings, **arguments)
 
 
+@pytest.mark.parametrize("scale", ["rms", "aspect"])
+@pytest.mark.parametrize("whitening", ["shampoo", "plain_shampoo"])
+def test_whitened_stacks_are_orthogonalised_as_in_a_chain(whitening, scale):
+    make = {"shampoo": fo.kl_shampoo, "plain_shampoo": fo.shampoo}[whitening]
+    settings = {"scale": scale, "coefficients": "polar_express", "eps": 1e-12}
+    chained = optax.chain(
+        make(optax.trace(0.8), routing=ROUTING, b2=0.9),
+        fo.ns5(routing=ROUTING, hot_dtype="fp32", **settings),
+        fo.normuon(routing=ROUTING),
+    )
+    params, _, _ = problem()
+    params.pop("bias")
+    tx = recipe(
+        learning_rate=1.0,
+        components={"ns5", "normuon", whitening},
+        polyak_rule=None,
+        weight_decay=0.0,
+        settings={whitening: {"b2": 0.9}, "ns5": settings},
+    )
+    _, steps, losses = problem()
+    steps.pop("bias")
+    updates, _, state = path_of(tx, params, steps, losses)
+    expected, _, _ = path_of(chained, params, steps, losses)
+    # Whitened by five steps of gradients of condition ten, in another order of sums.
+    _compare.assert_trees_within(
+        jax.tree.map(jnp.negative, updates), expected, 1e-4, whitening
+    )
+    (count,) = {int(count) for _, count in optax.tree.get_all_with_path(state, "count")}
+    assert count == len(losses)
+
+
 @pytest.mark.parametrize("look_ahead", [False, True])
 def test_with_everything_off_it_is_muon_of_optax(look_ahead):
     tx = recipe(

@@ -174,6 +174,8 @@ EXCHANGES = {
     "rows": {"all-to-all": 2},
     "columns": {"all-to-all": 2},
     "layers": {},
+    # Over one axis after the other.
+    "two_axes": {"all-to-all": 4},
 }
 
 

@@ -23,6 +23,7 @@ from fusionopt_jax.transforms.mona import mona
 from fusionopt_jax.transforms.normuon import normuon
 from fusionopt_jax.transforms.ns5 import ns5
 from fusionopt_jax.transforms.polyak import polyak
+from fusionopt_jax.transforms.quantize_state import quantize_state
 from fusionopt_jax.transforms.schedule_free import schedule_free
 from fusionopt_jax.transforms.shampoo import shampoo
 from fusionopt_jax.transforms.snr_gate import snr_gate
@@ -51,6 +52,7 @@ __all__ = [
     "normuon",
     "ns5",
     "polyak",
+    "quantize_state",
     "schedule_free",
     "shampoo",
     "snr_gate",

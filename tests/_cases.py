@@ -105,6 +105,10 @@ ALL = (
         lambda routing: fo.shampoo(_momentum(), routing=routing, restore_norm=True),
         matrices=True,
     ),
+    _direction(
+        "quantize_state",
+        lambda routing: fo.quantize_state(_momentum(), {"gradient_average": "int8"}),
+    ),
     _direction("cautious", lambda routing: fo.cautious(_momentum())),
     _direction(
         "add_cautious_decayed_weights",
@@ -177,6 +181,19 @@ ALL = (
         lambda routing: fo.fusion_opt(1e-2, routing=routing),
         value=True,
         params=True,
+    ),
+    _optimizer(
+        "fusion_opt_in_few_bits",
+        lambda routing: fo.fusion_opt(
+            1e-2,
+            routing=routing,
+            components={"ns5", "normuon", "sf", "mona", "snr_gate"},
+            nesterov="optax",
+            state_dtype="int8",
+        ),
+        value=True,
+        params=True,
+        exhaustive=True,
     ),
     _optimizer(
         "fusion_opt_muon",

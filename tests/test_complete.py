@@ -111,7 +111,11 @@ def test_has_a_page_or_a_section(name):
 
 
 # What `fusion_opt` reaches by an argument instead of a component's name.
-BY_ARGUMENT = {"polyak": "polyak_rule", "measure_gain": "gains"}
+BY_ARGUMENT = {
+    "polyak": "polyak_rule",
+    "measure_gain": "gains",
+    "quantize_state": "state_dtype",
+}
 
 
 @pytest.mark.parametrize("name", METHODS)

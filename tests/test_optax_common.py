@@ -110,6 +110,9 @@ OPTIMIZERS = {
         fo.shampoo(optax.trace(0.5), update_every=1),
         0.02,
     ),
+    "quantize_state": lambda: descending(
+        fo.quantize_state(adam(), {"mu": "int8", "nu": "bf16"}), 0.1
+    ),
     "snr_gate": lambda: on_matrices(fo.snr_gate(fo.ns5()), 0.05),
     "hyperball": lambda: optax.multi_transform(
         {

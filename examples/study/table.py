@@ -248,6 +248,13 @@ _SETTINGS = {
         f"hot_{dtype}": _varied(f"hot dtype {dtype}", _set("ns5", hot_dtype=dtype))
         for dtype in ("bf16", "fp16")
     },
+    # At the rate of fp32: does a run notice what its state is kept in?
+    **{
+        f"state_{dtype}": _varied(
+            f"state in {dtype}", _with(state_dtype=dtype), climbs=False, on=("lm",)
+        )
+        for dtype in ("bf16", "int8")
+    },
 }
 
 _LENGTH = {

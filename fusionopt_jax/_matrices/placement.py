@@ -228,6 +228,39 @@ def laid_out(state: Any, params: Any, divided: tuple[type, ...]) -> Any:
     )
 
 
+def divided_blocks(leaf: Any, shape: Sequence[int]) -> PartitionSpec:
+    """How one number for each block of a leaf's last axis is divided: as the leaf is.
+
+    Along the last axis only where the devices that share it have equally many blocks.
+
+    Args:
+        leaf: An array, or a shape.
+        shape: That of the numbers: the leaf's, with blocks in place of entries.
+    """
+    sharding = _sharding(leaf)
+    if sharding is None or not shape:
+        return PartitionSpec()
+    *before, last = (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))
+    names = last if isinstance(last, tuple) else (last,)
+    devices = math.prod(sharding.mesh.shape[name] for name in names if name)
+    return PartitionSpec(*before, last if shape[-1] % devices == 0 else None)
+
+
+def placed_blocks(blocks: Array, leaf: Any) -> Array:
+    """A first state with one number for each block of a leaf's last axis, beside it."""
+    sharding = _sharding(leaf)
+    if sharding is None or not blocks.ndim:
+        return blocks
+    wanted = NamedSharding(sharding.mesh, divided_blocks(leaf, blocks.shape))
+    if not isinstance(leaf, Tracer):
+        return jax.device_put(blocks, wanted)
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        return jax.sharding.reshard(blocks, wanted)
+    # As in `laid_out`: made of the leaf, though of none of its entries.
+    parts = leaf.reshape(*blocks.shape, -1)
+    return jnp.where(jnp.any(parts < parts, axis=-1), 1, blocks)
+
+
 def staying(state: Any, before: Any) -> Any:
     """A state each array of which lies where the one before it does."""
     if device_count(*jax.tree.leaves(before)) == 1:

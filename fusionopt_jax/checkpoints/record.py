@@ -101,10 +101,15 @@ def check_arrays(
         if saved.get(name) != wanted.get(name)
     ]
     if others:
+        remedy = "Restore into what was saved, and convert it then."
+        if item == "opt_state":
+            remedy = (
+                "Restore into what was saved, or pass the optimiser to go on with as "
+                "`warm_start`, which converts what differs in dtype."
+            )
         raise ValueError(
             f"The checkpoint holds another `{item}` than it is restored into:\n"
-            + "\n".join(others)
-            + "\nRestore into what was saved, and convert it then."
+            + "\n".join([*others, remedy])
         )
 
 

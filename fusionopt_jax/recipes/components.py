@@ -43,6 +43,7 @@ class Component(NamedTuple):
         filled: Keywords that `fusion_opt` fills in itself.
         defaults: Its settings where they differ from those of the transformation.
         excludes: Components that it has no meaning with, and why.
+        averages: Fields of its state that `state_dtype` applies to.
     """
 
     make: Callable[..., Any]
@@ -50,6 +51,7 @@ class Component(NamedTuple):
     filled: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = {}
     excludes: Mapping[str, str] = {}
+    averages: tuple[str, ...] = ()
 
     def build(
         self, routing: Routing, settings: Mapping[str, Any], **filled: Any
@@ -79,7 +81,7 @@ COMPONENTS: dict[str, Component] = {
         {"coefficients": "polar_express", "scale": "rms", "eps": _TINY},
     ),
     "normuon": Component(normuon, "direction", ("routing",)),
-    "mona": Component(mona, "gradient"),
+    "mona": Component(mona, "gradient", averages=("gradient_average",)),
     "shampoo": Component(kl_shampoo, "momentum", ("inner", "routing")),
     "sf": Component(
         schedule_free,
@@ -93,7 +95,9 @@ COMPONENTS: dict[str, Component] = {
         ("inner", "routing"),
         excludes={"shampoo": _ONE_WHITENING},
     ),
-    "snr_gate": Component(snr_gate, "around", ("inner", "routing")),
+    "snr_gate": Component(
+        snr_gate, "around", ("inner", "routing"), averages=("gradient_average",)
+    ),
     "cautious": Component(cautious, "around", ("inner",)),
     "cautious_decay": Component(
         add_cautious_decayed_weights, "decay", ("weight_decay",)
@@ -112,8 +116,12 @@ COMPONENTS: dict[str, Component] = {
 }
 
 # What is no component but has settings as well.
-_ADAM = Component(
-    optax.scale_by_adam, "direction", ("mu_dtype",), {"b1": 0.9, "b2": 0.99}
+ADAM = Component(
+    optax.scale_by_adam,
+    "direction",
+    ("mu_dtype",),
+    {"b1": 0.9, "b2": 0.99},
+    averages=("mu", "nu"),
 )
 _POLYAK = Component(polyak, "groups", ("inner", "rule"))
 
@@ -159,7 +167,7 @@ def checked_settings(
     with_polyak: bool,
 ) -> dict[str, Mapping[str, Any]]:
     """The settings of every chosen component, of `"adam"` and of `"polyak"`."""
-    having = {**COMPONENTS, "adam": _ADAM, "polyak": _POLYAK}
+    having = {**COMPONENTS, "adam": ADAM, "polyak": _POLYAK}
     checked: dict[str, Mapping[str, Any]] = {name: {} for name in having}
     for name, given in (settings or {}).items():
         check_choice("settings", name, having)
@@ -198,4 +206,4 @@ def checked_settings(
 
 def adam(settings: Mapping[str, Any], **filled: Any) -> optax.GradientTransformation:
     """Adam's direction with the settings of a user."""
-    return _ADAM.make(**{**_ADAM.defaults, **settings, **filled})
+    return ADAM.make(**{**ADAM.defaults, **settings, **filled})

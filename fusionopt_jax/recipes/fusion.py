@@ -29,6 +29,7 @@ from fusionopt_jax._optax import (
 )
 from fusionopt_jax._types import Number, Params, ScalarOrSchedule
 from fusionopt_jax.recipes.components import (
+    ADAM,
     COMPONENTS,
     adam,
     check_combination,
@@ -36,7 +37,14 @@ from fusionopt_jax.recipes.components import (
     checked_settings,
     in_place,
 )
-from fusionopt_jax.recipes.momentum import NESTEROV, Nesterov, momentum_of
+from fusionopt_jax.recipes.momentum import (
+    NESTEROV,
+    STATE_DTYPES,
+    Nesterov,
+    StateDtype,
+    averages_in,
+    momentum_of,
+)
 from fusionopt_jax.routing import SCALAR, SPECTRAL, Routing
 from fusionopt_jax.transforms.gain import measure_gain
 from fusionopt_jax.transforms.kl_shampoo import KLShampooState
@@ -62,6 +70,7 @@ def fusion_opt(
     settings: Mapping[str, Any] | None = None,
     groups: Mapping[str, TransformLike] | None = None,
     gains: bool = False,
+    state_dtype: StateDtype = "fp32",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Trains matrices spectrally and everything else with Adam, on one step size.
 
@@ -119,6 +128,13 @@ def fusion_opt(
         gains: Keep the size of each stage's input and output in the state, for
             `diagnostics`: `"momentum"`, `"preconditioner"` (the raw gradient through
             momentum and Shampoo), `"ns5"`, `"normuon"` and, for the rest, `"adam"`.
+        state_dtype: What averages are kept in between two steps: `"fp32"`; `"bf16"`,
+            with stochastic rounding: the momentum, the average gradients of `"mona"`
+            and `"snr_gate"`, both moments of Adam; or `"int8"`: the momentum in blocks
+            of 8 bits with fp32 scales, the others as for `"bf16"`. SF-NorMuon then
+            keeps 8, 6 or 5.03 to 5.06 bytes for each parameter of a matrix, and 12, 8
+            or 8 for each of the rest. Both iterates of `"sf"` stay exact, and all else
+            is in fp32 as well. See `quantize_state`.
 
     Returns:
         A complete optimiser, whose updates are added by `optax.apply_updates`. Its
@@ -161,6 +177,7 @@ def fusion_opt(
     check_count("warmup_steps", warmup_steps)
     check_decay_rate("momentum", momentum)
     check_choice("nesterov", nesterov, NESTEROV)
+    check_choice("state_dtype", state_dtype, STATE_DTYPES)
     _check_effects(chosen, routing, weight_decay, scalar_weight_decay, polyak_rule)
     own = dict(groups or {})
     known = _check_groups(own)
@@ -179,8 +196,10 @@ def fusion_opt(
         return optax.chain(tx, *(decays or [optax.add_decayed_weights(decay)]))
 
     smoothing: list[optax.GradientTransformation] = []
-    smoothing += [build(name) for name in in_place("gradient", chosen)]
-    smoothing.append(momentum_of(momentum, nesterov))
+    for name in in_place("gradient", chosen):
+        fields = COMPONENTS[name].averages
+        smoothing.append(averages_in(state_dtype, build(name), fields))
+    smoothing.append(momentum_of(momentum, nesterov, state_dtype))
     if "ns5" not in chosen and nesterov != "optax":
         # The orthogonalised update doesn't depend on the momentum's scale; without it
         # the momentum has to be the average of the gradients, not their sum; that of
@@ -193,8 +212,10 @@ def fusion_opt(
     spectral = chained(whitened, *after)
     for name in in_place("around", chosen):
         spectral = build(name, inner=spectral)
+        spectral = averages_in(state_dtype, spectral, COMPONENTS[name].averages)
 
     scalar = in_float32(adam(told["adam"], mu_dtype=jnp.float32))
+    scalar = averages_in(state_dtype, scalar, ADAM.averages)
     scalar = decayed(stage("adam", scalar), scalar_weight_decay)
     if scalar_learning_rate is not None:
         scalar = optax.chain(scalar, _rescale(scalar_learning_rate, learning_rate))

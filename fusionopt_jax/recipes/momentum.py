@@ -1,5 +1,6 @@
-"""The momentum of the matrices in `fusion_opt`."""
+"""The momentum of the matrices in `fusion_opt`, and what its averages are kept in."""
 
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -8,10 +9,13 @@ import optax
 
 from fusionopt_jax._optax import transformation
 from fusionopt_jax._types import Array, Count, Number, Params
+from fusionopt_jax.transforms import quantize_state as quantized
 
 Nesterov: TypeAlias = bool | Literal["optax"]
+StateDtype: TypeAlias = Literal["fp32"] | quantized.StateDtype
 
 NESTEROV: tuple[Nesterov, ...] = (False, True, "optax")
+STATE_DTYPES: tuple[StateDtype, ...] = ("fp32", "bf16", "int8")
 
 
 class LookAheadState(NamedTuple):
@@ -26,11 +30,32 @@ class LookAheadState(NamedTuple):
     trace: Any
 
 
-def momentum_of(decay: Number, nesterov: Nesterov) -> optax.GradientTransformation:
-    """The decaying sum of the gradients in fp32, with a look-ahead if one is chosen."""
+def momentum_of(
+    decay: Number, nesterov: Nesterov, state_dtype: StateDtype = "fp32"
+) -> optax.GradientTransformation:
+    """The decaying sum of the gradients, with a look-ahead if one is chosen."""
     if nesterov == "optax":
-        return _unbiased_look_ahead(decay)
-    return optax.trace(decay, nesterov=nesterov, accumulator_dtype=jnp.float32)
+        tx: optax.GradientTransformation = _unbiased_look_ahead(decay)
+    else:
+        tx = optax.trace(decay, nesterov=nesterov, accumulator_dtype=jnp.float32)
+    if state_dtype == "fp32":
+        return tx
+    return quantized.quantize_state(tx, {"trace": state_dtype})
+
+
+def averages_in(
+    state_dtype: StateDtype,
+    tx: optax.GradientTransformation,
+    fields: Iterable[str],
+) -> optax.GradientTransformation:
+    """`tx`, whose averages are in 16 bits where the momentum is in 16 or less.
+
+    They move too slowly for 8 bits: nearly every step of theirs would be rounded away.
+    """
+    names = tuple(fields)
+    if state_dtype == "fp32" or not names:
+        return tx
+    return quantized.quantize_state(tx, dict.fromkeys(names, "bf16"))
 
 
 def _unbiased_look_ahead(decay: Number) -> optax.GradientTransformation:

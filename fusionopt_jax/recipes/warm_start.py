@@ -24,7 +24,9 @@ from fusionopt_jax.iterates import (
     check_current,
 )
 from fusionopt_jax.recipes.accumulate import AccumulateState
+from fusionopt_jax.recipes.blocks import in_blocks, written_out
 from fusionopt_jax.transforms.gain import GainState
+from fusionopt_jax.transforms.quantize_state import QuantizedState
 
 # Measurements belong to the step that made them.
 _NEVER_CARRIED = (GainState.__name__,)
@@ -34,6 +36,9 @@ _NEVER_CARRIED = (GainState.__name__,)
 _SETTINGS = "hyperparams"
 
 _SCHEDULE_FREE = ScheduleFreeState.__name__
+
+# Whose count only says which chances are drawn next.
+_NEVER_AMBIGUOUS = (*_NEVER_CARRIED, QuantizedState.__name__)
 
 # What these keep of a parameter does not depend on how it is routed.
 _OF_THE_PARAMETERS = (_SCHEDULE_FREE, AccumulateState.__name__)
@@ -63,6 +68,7 @@ def warm_start(tx: TransformLike, params: Params, old_state: Any) -> Any:
 
     Everything that both have is carried: Schedule-Free's iterates, weights and counts,
     momentum, Adam's moments, the Polyak averages, second moments and moving averages.
+    What the two keep in different dtypes is converted, blocks of 8 bits included.
     What only `tx` has starts as `tx.init` makes it. So a run of SF-NorMuon can go on
     with MONA and Shampoo added, or the other way round.
 
@@ -145,8 +151,9 @@ def carry(
         old: What the old state holds; of paths only the names count.
         moved: Names of parameters that start anew where they are routed.
     """
-    new = _entries(new_state, params)
-    old = _with_averages(old, new, params)
+    places = _entries(new_state, params)
+    new = written_out(places)
+    old = _with_averages(written_out(old), new, params)
     _check_groups(new, old, params, moved)
     _check_unambiguous(new, old)
     known = {(entry.component, path_keys(entry.path)): entry.leaf for entry in old}
@@ -182,7 +189,8 @@ def carry(
         for component in components
         if component not in new_components and component.kind not in _NEVER_CARRIED
     ]
-    state = jax.tree.unflatten(jax.tree.structure(new_state), leaves)
+    structure = jax.tree.structure(new_state)
+    state = jax.tree.unflatten(structure, in_blocks(places, leaves))
     return state, WarmStartReport(
         _unique(carried), _unique(started), _unique(dropped), tuple(sorted(moved))
     )
@@ -255,7 +263,7 @@ def _check_unambiguous(new: list[Entry], old: list[Entry]) -> None:
     before, now = counts(old), counts(new)
     for key in before.keys() & now.keys():
         group, kind = key
-        if before[key] != now[key] and kind not in _NEVER_CARRIED:
+        if before[key] != now[key] and kind not in _NEVER_AMBIGUOUS:
             raise ValueError(
                 f"`warm_start`: {Component(group, kind, 0).title} occurs "
                 f"{before[key]} times in the old state and {now[key]} times in the new "

@@ -1,6 +1,7 @@
 """The transformer block and the final layer, as parameters and as functions of them."""
 
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jaxtyping import Array, Float
 
 from fusionopt_jax._types import Params
 from fusionopt_jax.dit.config import DiTConfig
+from fusionopt_jax.dit.network.attention import KEPT, AttentionKernel, self_attention
 from fusionopt_jax.dit.network.layers import LAYER_NORM_EPS, layer_norm, linear
 from fusionopt_jax.dit.network.modulation import (
     BLOCK_PARTS,
@@ -20,8 +22,11 @@ from fusionopt_jax.dit.network.modulation import (
 )
 from fusionopt_jax.dit.network.residuals import EXACT, Plan
 
-AttentionKernel: TypeAlias = Literal["xla", "cudnn"] | None
-"""Which implementation `jax.nn.dot_product_attention` uses; None lets it choose."""
+_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(*KEPT),
+)
+"""Keeps what linear maps and attention return; the rest is cheaper to compute again."""
 
 
 def _xavier(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
@@ -76,14 +81,8 @@ def attend(
     attention: AttentionKernel = None,
 ) -> Float[Array, "b tokens d"]:
     """Multi-head self-attention over the tokens of each image."""
-    batch, count, width = tokens.shape
     fused = linear(params["qkv"], tokens, dtype).astype(dtype)
-    # Published layout of the fused output: (3, heads, head width).
-    fused = fused.reshape(batch, count, 3, num_heads, width // num_heads)
-    mixed = jax.nn.dot_product_attention(
-        fused[:, :, 0], fused[:, :, 1], fused[:, :, 2], implementation=attention
-    )
-    return linear(params["proj"], mixed.reshape(batch, count, width), dtype)
+    return linear(params["proj"], self_attention(fused, num_heads, attention), dtype)
 
 
 def mlp(
@@ -130,6 +129,19 @@ def block(
 
     branch, kept_mlp = plan.mlp(widened, kept[1], tokens, shift, scale)
     return tokens + gate[:, None, :] * branch, (kept_attention, kept_mlp)
+
+
+def checkpointed(
+    run_block: Callable[..., Any], remat: bool, unroll: bool, attention: AttentionKernel
+) -> Callable[..., Any]:
+    """A block that keeps for the backward pass what `apply` says that it keeps."""
+    if remat:
+        return jax.checkpoint(run_block, prevent_cse=unroll)
+    # Written out, XLA for CPUs recomputes at once and saves nothing. And cuDNN keeps
+    # what it needs itself, under no name, or its forward pass would run again.
+    if unroll or attention == "cudnn":
+        return run_block
+    return jax.checkpoint(run_block, prevent_cse=False, policy=_PRODUCTS)
 
 
 def final_layer(

@@ -26,12 +26,16 @@ def linear(
     precision: jax.lax.Precision | None = None,
 ) -> Float[Array, "*batch n"]:
     """Inputs times `kernel` plus `bias`: operands in `dtype`, result in fp32."""
+    # One axis of rows: to sum over two of them, in the kernel's gradient, XLA would
+    # first write the transpose of the rows' gradient.
+    rows = inputs.reshape(-1, inputs.shape[-1])
     product = jnp.matmul(
-        inputs.astype(dtype),
+        rows.astype(dtype),
         params["kernel"].astype(dtype),
         precision=precision,
         preferred_element_type=jnp.float32,
     )
+    product = product.reshape(*inputs.shape[:-1], product.shape[-1])
     bias = params["bias"].astype(jnp.float32)
     return product + bias.reshape((1,) * (product.ndim - 1) + bias.shape)
 

@@ -12,11 +12,12 @@ from jaxtyping import Array, Float, Int
 from fusionopt_jax._checks import check_integer, shape_text
 from fusionopt_jax._types import Params
 from fusionopt_jax.dit.config import DiTConfig
+from fusionopt_jax.dit.network.attention import AttentionKernel
 from fusionopt_jax.dit.network.blocks import (
-    AttentionKernel,
     Block,
     FinalLayer,
     block,
+    checkpointed,
     final_layer,
 )
 from fusionopt_jax.dit.network.embeddings import (
@@ -170,8 +171,11 @@ def apply(
         unroll: Write the blocks out instead of looping over them: a larger program and
             a longer compilation, which can pay for low latency.
         remat: Recompute each block in the backward pass instead of keeping what is in
-            it; saves memory for a third more time.
-        attention: Implementation that `jax.nn.dot_product_attention` uses.
+            it; saves memory for a third more time. Otherwise the loop keeps what linear
+            maps and attention return, and recomputes the rest: norms, GELU, softmax.
+        attention: "xla" or "cudnn": that implementation of
+            `jax.nn.dot_product_attention`. None is "xla" too, unless operands are fp32:
+            then the softmax is divided last, which CPUs are faster with.
 
     Returns:
         `[batch, input_size, input_size, config.out_channels]` in fp32; with
@@ -313,7 +317,7 @@ def recalling_apply(
             kept=block_kept,
         )
 
-    step = jax.checkpoint(run_block, prevent_cse=unroll) if remat else run_block
+    step = checkpointed(run_block, remat, unroll, attention)
     if modulation is not None:
         params = replace_modulators(params, None)
     block_plan = Plan(

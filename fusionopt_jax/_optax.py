@@ -25,18 +25,19 @@ class OfStacks(optax.GradientTransformationExtraArgs):
     """A transformation that can run on stacks which another has taken out.
 
     Attributes:
-        on_stacks: From a stack `(b, m, n)` to one, each matrix by itself, and a
-            transposed matrix to the transposed result.
+        on_stacks: From a stack `(b, m, n)` and `platforms=`, those that it may be
+            compiled for, to a stack: each matrix by itself, and a transposed matrix to
+            the transposed result.
         finish: From the leaves that this made, and the state, to what `update` returns.
     """
 
-    on_stacks: Callable[[Any], Any]
+    on_stacks: Callable[..., Any]
     finish: Callable[[Any, Any], tuple[Any, Any]]
 
     def __new__(
         cls,
         tx: optax.GradientTransformationExtraArgs,
-        on_stacks: Callable[[Any], Any],
+        on_stacks: Callable[..., Any],
         finish: Callable[[Any, Any], tuple[Any, Any]],
     ) -> "OfStacks":
         """`tx`, with what it is made of."""

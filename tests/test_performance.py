@@ -230,6 +230,7 @@ def test_operations_are_counted_exactly(
             method=method,
             hot_dtype=hot_dtype,
             preconditioner=preconditioner,
+            platforms=("other",),
         ),
         stack,
     )

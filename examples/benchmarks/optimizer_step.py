@@ -29,6 +29,7 @@ from fusionopt_jax._matrices.newton_schulz import (
     newton_schulz_flops,
     resolve_hot_dtype,
 )
+from fusionopt_jax._matrices.platform import PLATFORMS
 
 RATE = 1e-3
 DEPTHS = (12, 28, 56)
@@ -196,7 +197,8 @@ def matrix_shapes(params: Any) -> dict[tuple[int, int], int]:
 def operations(params: Any, method: str = "auto") -> int:
     """Operations of all Newton-Schulz products of one step of five steps."""
     table = coefficient_table("polar_express", 5)
-    dtype = resolve_hot_dtype("auto")
+    platform = jax.default_backend()
+    dtype = resolve_hot_dtype("auto", platform if platform in PLATFORMS else "other")
     return sum(
         count
         * newton_schulz_flops(

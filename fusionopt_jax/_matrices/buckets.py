@@ -22,16 +22,19 @@ from fusionopt_jax._matrices.placement import (
     everywhere,
     spread,
 )
+from fusionopt_jax._matrices.platform import Platform, by_platform
 from fusionopt_jax._matrices.view import MatrixView, StackShape
 
 Stack: TypeAlias = Float[Array, "b m n"]
-StackFunction: TypeAlias = Callable[[Stack], Stack]
+StackFunction: TypeAlias = Callable[..., Stack]
 Bucketing: TypeAlias = Literal["auto", "loop", "batch", "leaf"]
 
 BUCKETINGS: tuple[Bucketing, ...] = ("auto", "loop", "batch", "leaf")
 
 
-def resolve_bucketing(bucketing: Bucketing, *leaves: Array) -> Bucketing:
+def resolve_bucketing(
+    bucketing: Bucketing, platform: Platform, *, devices: int = 1
+) -> Bucketing:
     """`"auto"` made definite: loop over matrices on one CPU, batch them elsewhere.
 
     A CPU's matrix product of one matrix already fills the machine, and the loop keeps
@@ -40,8 +43,7 @@ def resolve_bucketing(bucketing: Bucketing, *leaves: Array) -> Bucketing:
     """
     if bucketing != "auto":
         return bucketing
-    one_cpu = jax.default_backend() == "cpu" and device_count(*leaves) == 1
-    return "loop" if one_cpu else "batch"
+    return "loop" if platform == "cpu" and devices == 1 else "batch"
 
 
 def map_stacks(
@@ -54,8 +56,9 @@ def map_stacks(
     """`function` of every leaf's matrices.
 
     Args:
-        function: Takes and returns a stack `(b, m, n)`. It must treat the matrices of a
-            stack independently, and a transposed one as the matrix itself.
+        function: `function(stack, *, platforms) -> stack`, of stacks `(b, m, n)`; see
+            `map_stateful` for the platforms. It must treat the matrices of a stack
+            independently, and a transposed one as the matrix itself.
         leaves: Arrays.
         views: How each of them is stacks.
         bucketing: See `map_stateful`.
@@ -64,9 +67,11 @@ def map_stacks(
         The results, shaped like the leaves.
     """
 
-    def stateless(stacks: tuple[Stack, ...], state: Any, ids: Array) -> Any:
+    def stateless(
+        stacks: tuple[Stack, ...], state: Any, ids: Array, **platforms: Any
+    ) -> Any:
         del ids
-        return function(*stacks), state
+        return function(*stacks, **platforms), state
 
     results, _ = map_stateful(
         stateless,
@@ -92,9 +97,10 @@ def map_stateful(
     """`function` of every leaf's matrices and of what is remembered of each.
 
     Args:
-        function: `function(stacks, state, ids, *scalars) -> (stack, state)`. It gets
-            one stack `(b, m, n)` of each operand, a tree of arrays `(b, ...)`, and
-            int32 `(b,)`; it returns what takes the place of the first stack and of the
+        function: `function(stacks, state, ids, *scalars, platforms) -> (stack, state)`.
+            It gets one stack `(b, m, n)` of each operand, a tree of arrays `(b, ...)`,
+            int32 `(b,)`, and the platforms that this call may be compiled for, see
+            `by_platform`; it returns what takes the place of the first stack and of the
             state. It must treat the matrices of a stack independently, and a
             transposed one, with its state turned, as the matrix itself.
         operands: Lists of leaves, all of the views' shapes. The results take the place
@@ -109,7 +115,7 @@ def map_stateful(
             call; `"loop"` goes through them one matrix at a time in a compiled loop,
             through a leaf that is a stack as it lies and through single matrices
             joined; `"leaf"` makes one batched call for each stack of a leaf; `"auto"`
-            chooses between the first two by the backend.
+            chooses between the first two by the platform.
 
     Returns:
         The results, shaped like the leaves, and the new states.
@@ -118,10 +124,16 @@ def map_stateful(
     def mapped(
         operands: Any, states: Any, *scalars: Array
     ) -> tuple[list[Array], list[tuple[Any, ...]]]:
-        calls = _Calls(function, scalars, turn_state, bucketing)
-        results, states = _mapped(
-            calls, operands, views, states, keys or [0] * len(views)
-        )
+        def bucketed(
+            alike: tuple[Platform, ...], operands: Any, states: Any, *scalars: Array
+        ) -> Any:
+            told = functools.partial(function, platforms=alike)
+            calls = _Calls(told, scalars, turn_state, kind(alike[0]))
+            return _mapped(calls, operands, views, states, keys or [0] * len(views))
+
+        devices = device_count(*operands[0])
+        kind = functools.partial(resolve_bucketing, bucketing, devices=devices)
+        results, states = by_platform(bucketed, kind, operands, states, *scalars)
         # Or what comes between two exchanges would be collected by every device.
         return list(map(alike, results, operands[0])), states
 
@@ -225,7 +237,6 @@ def _mapped(
     keys: Sequence[int],
 ) -> tuple[list[Array], list[tuple[Any, ...]]]:
     """`map_stateful` without an explicit mesh."""
-    calls = calls._replace(bucketing=resolve_bucketing(calls.bucketing, *operands[0]))
     results: list[Any] = [None] * len(views)
     new_states: list[Any] = list(states)
     parts: dict[tuple[int, int], _Part] = {}

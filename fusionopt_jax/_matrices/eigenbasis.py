@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from fusionopt_jax._matrices.platform import PLATFORMS, Platform, by_platform
+
 Stack: TypeAlias = Float[Array, "b m n"]
 SquareStack: TypeAlias = Float[Array, "b d d"]
 Number: TypeAlias = float | int | Float[Array, ""]
@@ -62,7 +64,12 @@ def power(values: Array, exponent: Number) -> Array:
 
 
 def symmetric_power(
-    S: SquareStack, exponent: Number, ridge: Array, *, alone: bool
+    S: SquareStack,
+    exponent: Number,
+    ridge: Array,
+    *,
+    alone: bool,
+    platforms: tuple[Platform, ...] = PLATFORMS,
 ) -> SquareStack:
     """(S + ridge I) ** exponent by an eigendecomposition; null directions give 0.
 
@@ -71,13 +78,16 @@ def symmetric_power(
         exponent: Any number.
         ridge: `(b, 1)`.
         alone: Whether the program runs on one device, see `eigh`.
+        platforms: Those that it may be compiled for, see `by_platform`.
     """
-    values, vectors = eigh(S, alone=alone)
+    values, vectors = eigh(S, alone=alone, platforms=platforms)
     scale = power(jnp.maximum(values, 0) + ridge, exponent)
     return product(vectors * scale[:, None, :], vectors.mT, jax.lax.Precision.HIGHEST)
 
 
-def eigh(S: SquareStack, *, alone: bool) -> tuple[Float[Array, "b d"], SquareStack]:
+def eigh(
+    S: SquareStack, *, alone: bool, platforms: tuple[Platform, ...] = PLATFORMS
+) -> tuple[Float[Array, "b d"], SquareStack]:
     """Eigenvalues and eigenvectors, in any order.
 
     Args:
@@ -85,11 +95,14 @@ def eigh(S: SquareStack, *, alone: bool) -> tuple[Float[Array, "b d"], SquareSta
         alone: Whether the program runs on one device. Several CPU devices take Jacobi's
             method, which is slow and needs no LAPACK: JAX 0.10 can wait for ever where
             LAPACK and a collective of forced host devices run beside each other.
+        platforms: Those that it may be compiled for, see `by_platform`.
     """
-    lapack = lambda S: tuple(jnp.linalg.eigh(S))  # noqa: E731
-    if alone:
-        return lapack(S)
-    return jax.lax.platform_dependent(S, cpu=jacobi, default=lapack)
+    own = lambda platform: platform == "cpu" and not alone  # noqa: E731
+
+    def version(alike: tuple[Platform, ...], S: SquareStack) -> tuple[Array, Array]:
+        return jacobi(S) if own(alike[0]) else tuple(jnp.linalg.eigh(S))
+
+    return by_platform(version, own, S, platforms=platforms)
 
 
 def jacobi(S: SquareStack) -> tuple[Float[Array, "b d"], SquareStack]:
@@ -158,14 +171,20 @@ def ordered(
 
 
 def power_step(
-    S: SquareStack, Q: SquareStack, precision: jax.lax.Precision
+    S: SquareStack,
+    Q: SquareStack,
+    precision: jax.lax.Precision,
+    platforms: tuple[Platform, ...] = PLATFORMS,
 ) -> SquareStack:
     """The orthonormal factor of S Q: one step towards the eigenvectors of S."""
-    return orthonormal(product(S, Q, precision), Q, precision)
+    return orthonormal(product(S, Q, precision), Q, precision, platforms)
 
 
 def orthonormal(
-    Y: SquareStack, Q: SquareStack, precision: jax.lax.Precision
+    Y: SquareStack,
+    Q: SquareStack,
+    precision: jax.lax.Precision,
+    platforms: tuple[Platform, ...] = PLATFORMS,
 ) -> SquareStack:
     """Orthonormal columns that span what the first columns of Y span, for every number.
 
@@ -178,14 +197,18 @@ def orthonormal(
     beside each other. Accelerators, which would go through it column by column, take
     Cholesky-QR.
     """
-    return jax.lax.platform_dependent(
-        Y,
-        Q,
-        cpu=gram_schmidt,
-        default=functools.partial(cholesky_qr, precision=precision),
-    )
+    on_cpu = lambda platform: platform == "cpu"  # noqa: E731
+
+    def version(alike: tuple[Platform, ...], *stacks: SquareStack) -> SquareStack:
+        if on_cpu(alike[0]):
+            return gram_schmidt(*stacks)
+        return cholesky_qr(*stacks, precision=precision)
+
+    return by_platform(version, on_cpu, Y, Q, platforms=platforms)
 
 
+# As Gram–Schmidt, traced once for each shape: the platform has use for one of them.
+@functools.partial(jax.jit, static_argnames="precision", inline=True)
 def cholesky_qr(
     Y: SquareStack, Q: SquareStack, *, precision: jax.lax.Precision
 ) -> SquareStack:
@@ -212,6 +235,7 @@ def cholesky_qr(
     )
 
 
+@functools.partial(jax.jit, inline=True)
 def gram_schmidt(Y: SquareStack, Q: SquareStack) -> SquareStack:
     """`orthonormal` by Gram–Schmidt on the columns of Y, then on those of Q.
 

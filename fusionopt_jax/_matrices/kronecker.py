@@ -167,8 +167,9 @@ def map_pairs(
     """`function` of every leaf's stacks and pairs, and the trees of its pairs after it.
 
     Args:
-        function: From `(M, G)`, a pair, the matrices' numbers and the scalars to what
-            becomes of M, in M's dtype, and the pair after it.
+        function: From `(M, G)`, a pair, the matrices' numbers, the scalars and
+            `platforms=`, see `map_stateful`, to what becomes of M, in M's dtype, and
+            the pair after it.
         directions: A tree of what is preconditioned.
         gradients: A tree of what is learnt from.
         views: How each leaf is one or more stacks.
@@ -180,9 +181,9 @@ def map_pairs(
         then: What becomes of each result while it is still a stack.
     """
 
-    def whole(*given: Any) -> tuple[Array, Pair]:
-        U, pair = function(*given)
-        return U if then is None else then(U), pair
+    def whole(*given: Any, platforms: Any) -> tuple[Array, Pair]:
+        U, pair = function(*given, platforms=platforms)
+        return U if then is None else then(U, platforms=platforms), pair
 
     leaves, treedef = jax.tree.flatten(gradients)
     results, pairs = map_stateful(

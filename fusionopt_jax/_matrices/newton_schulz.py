@@ -19,6 +19,7 @@ Since every such step multiplies :math:`X` from the left by a polynomial in the 
     R \leftarrow (aI + Z)\,R\,(aI + Z), \qquad X_k = Q X_0 .
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias
@@ -27,6 +28,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from fusionopt_jax._matrices.platform import PLATFORMS, Platform, by_platform
 from fusionopt_jax._types import Number
 
 HotDtype: TypeAlias = Literal["auto", "fp32", "bf16", "fp16", "fp16_safe"]
@@ -78,6 +80,7 @@ def newton_schulz(
     preconditioner: Preconditioner = "frobenius",
     method: Method = "auto",
     hot_dtype: HotDtype = "fp32",
+    platforms: tuple[Platform, ...] = PLATFORMS,
 ) -> Float[Array, "*batch m n"]:
     """Each matrix of an `(..., m, n)` stack with its singular values near 1.
 
@@ -93,15 +96,56 @@ def newton_schulz(
             Lipschitz bounds first (arXiv 2512.04632), which saves a step.
         method: `"plain"`, `"gram"`, or `"auto"` for the one with fewer operations.
         hot_dtype: The dtype of the iterations.
+        platforms: Those that the program may be compiled for, see `by_platform`.
 
     Returns:
         A stack shaped like `G`, in fp32.
     """
-    hot_dtype = resolve_hot_dtype(hot_dtype)
+
+    def setting(platform: Platform) -> tuple[HotDtype, bool]:
+        dtype = resolve_hot_dtype(hot_dtype, platform)
+        return dtype, platform == "cpu" and dtype != "fp32"
+
+    def iterated(alike: tuple[Platform, ...], G: Array) -> Array:
+        dtype, simulated = setting(alike[0])
+        return _iterated(
+            G,
+            eps,
+            table=tuple(table),
+            safety=safety,
+            preconditioner=preconditioner,
+            method=method,
+            hot_dtype=dtype,
+            simulated=simulated,
+        )
+
+    return by_platform(iterated, setting, G, platforms=platforms)
+
+
+# Of the versions for several platforms one is used: traced once for each shape.
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        *("table", "safety", "preconditioner", "method", "hot_dtype", "simulated"),
+    ),
+    inline=True,
+)
+def _iterated(
+    G: Float[Array, "*batch m n"],
+    eps: Number,
+    *,
+    table: CoefficientTable,
+    safety: float,
+    preconditioner: Preconditioner,
+    method: Method,
+    hot_dtype: HotDtype,
+    simulated: bool,
+) -> Float[Array, "*batch m n"]:
+    """`newton_schulz` in a definite dtype, or in fp32 that simulates it."""
     if method == "auto":
         m, n = sorted(G.shape[-2:])
         method = cheaper_method(m, n, table, hot_dtype)
-    dot = _Products.fitting(hot_dtype, table)
+    dot = _Products.fitting(hot_dtype, table, simulated=simulated)
 
     X = G.astype(jnp.float32)
     norm = frobenius_norm(X) * safety + eps
@@ -173,11 +217,15 @@ class _Products(NamedTuple):
             X comes and goes multiplied by it. fp16 rounds what is below 6e-5 to fewer
             bits or to zero, and the entries of an m × n matrix of norm 1 are near
             1/√(mn).
+        simulated: Whether operands are kept in fp32, rounded to what `dtype` can hold:
+            XLA has no half-precision product with fp32 accumulation on every CPU, and
+            fp32 products of rounded operands are the same numbers.
     """
 
     dtype: jnp.dtype
     storage: jnp.dtype
     unit: float
+    simulated: bool
 
     def __call__(self, A: Array, B: Array) -> Array:
         """A B."""
@@ -205,26 +253,21 @@ class _Products(NamedTuple):
         )
 
     def _rounded(self, A: Array) -> Array:
-        """A in the operands' dtype; on CPUs in fp32, rounded to what that can hold.
-
-        XLA has no half-precision product with fp32 accumulation on every CPU; fp32
-        products of rounded operands are the same numbers.
-        """
-        if jax.default_backend() != "cpu":
+        """A in the operands' dtype."""
+        if not self.simulated:
             return A.astype(self.dtype)
-        A = A.astype(jnp.float32)
-        if self.dtype == jnp.float32:
-            return A
         # A pair of casts would be optimised away.
         info = jnp.finfo(self.dtype)
-        return jax.lax.reduce_precision(A, info.nexp, info.nmant)
+        return jax.lax.reduce_precision(A.astype(jnp.float32), info.nexp, info.nmant)
 
     @classmethod
-    def fitting(cls, hot_dtype: HotDtype, table: CoefficientTable) -> "_Products":
+    def fitting(
+        cls, hot_dtype: HotDtype, table: CoefficientTable, *, simulated: bool
+    ) -> "_Products":
         """With the unit that leaves the largest operand below fp16's 65504."""
         dtype = jnp.dtype(_DTYPES.get(hot_dtype, jnp.float32))
         if dtype != jnp.float16:
-            return cls(dtype, dtype, 1.0)
+            return cls(dtype, dtype, 1.0, simulated)
         # Between steps X has singular values up to 2 (the first step of Polar Express
         # makes such), so R has entries up to 4, bR + cR² up to 4|b| + 16|c|, and Q up
         # to the product of the a.
@@ -233,7 +276,7 @@ class _Products(NamedTuple):
             bounds.append(math.prod(max(abs(a), 1.0) for a, _, _ in segment))
         unit = 2.0 ** math.floor(math.log2(65504 / (2 * max(bounds))))
         storage = jnp.dtype(jnp.float32) if hot_dtype == "fp16_safe" else dtype
-        return cls(dtype, storage, min(max(unit, 1.0), _LARGEST_UNIT))
+        return cls(dtype, storage, min(max(unit, 1.0), _LARGEST_UNIT), simulated)
 
 
 def _tall(X: Array) -> bool:
@@ -269,7 +312,7 @@ def safety_factor(coefficients: str | Sequence[Sequence[float]]) -> float:
     return _SAFETY[coefficients] if isinstance(coefficients, str) else 1.0
 
 
-def resolve_hot_dtype(hot_dtype: HotDtype) -> HotDtype:
+def resolve_hot_dtype(hot_dtype: HotDtype, platform: Platform) -> HotDtype:
     """`"auto"` made definite: fp32 on CPUs, fp16 on GPUs, bf16 elsewhere.
 
     CPUs multiply half precision no faster than fp32; TPUs have no fp16 matrix unit;
@@ -277,10 +320,9 @@ def resolve_hot_dtype(hot_dtype: HotDtype) -> HotDtype:
     """
     if hot_dtype != "auto":
         return hot_dtype
-    backend = jax.default_backend()
-    if backend == "cpu":
+    if platform == "cpu":
         return "fp32"
-    return "fp16" if backend == "gpu" else "bf16"
+    return "fp16" if platform == "gpu" else "bf16"
 
 
 def newton_schulz_flops(

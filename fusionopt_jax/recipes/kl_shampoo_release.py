@@ -177,6 +177,7 @@ def kl_shampoo_torch(
             first: Array,
             due: Array,
             *numbers: Array,
+            platforms: Any,
         ) -> tuple[Array, kronecker.Pair]:
             """The preconditioned average, and the statistics after the gradient."""
             del ids
@@ -192,9 +193,13 @@ def kl_shampoo_torch(
                     values = jnp.maximum(values, bound**-2)
                 Q = jax.lax.cond(
                     first,
-                    lambda: ordered(*eigh(S, alone=alone)[::-1])[0],
+                    lambda: ordered(*eigh(S, alone=alone, platforms=platforms)[::-1])[
+                        0
+                    ],
                     lambda: jax.lax.cond(
-                        due, lambda: power_step(S, old.Q, _HIGHEST), lambda: old.Q
+                        due,
+                        lambda: power_step(S, old.Q, _HIGHEST, platforms),
+                        lambda: old.Q,
                     ),
                 )
                 return Side(new.S, Q, jnp.where(first, old.values, values))

@@ -277,6 +277,7 @@ def kl_shampoo(
         ids: Array,
         count: Count,
         *numbers: Array,
+        platforms: Any,
     ) -> tuple[Array, tuple[Side | None, Side | None]]:
         """The preconditioned stack, and what is known after its gradient."""
         b, p, epsilon, ridge, every = numbers
@@ -290,7 +291,7 @@ def kl_shampoo(
         period = update_every if isinstance(update_every, int) else every
         due = kronecker.is_due(ids, count, period, stagger=stagger)
         due &= _is_finite(U, a, c)
-        renewed = functools.partial(_renewed, due, period, precision)
+        renewed = functools.partial(_renewed, due, period, precision, platforms)
         if restore_norm:
             U = kronecker.restored(U, M)
         return U.astype(stacks[0].dtype), (renewed(a), renewed(c))
@@ -374,7 +375,11 @@ def _is_finite(U: Array, a: Side | None, c: Side | None) -> Bool[Array, " b"]:
 
 
 def _renewed(
-    due: Array, every: int | Array, precision: jax.lax.Precision, side: Side | None
+    due: Array,
+    every: int | Array,
+    precision: jax.lax.Precision,
+    platforms: Any,
+    side: Side | None,
 ) -> Side | None:
     """A side with bounded eigenvalues and, where it is due, a power step of its basis.
 
@@ -390,6 +395,6 @@ def _renewed(
 
     def step(old: tuple[Array, Array], S: Array) -> tuple[Array, Array]:
         Q, values = ordered(*old)
-        return power_step(unpack_symmetric(S, d), Q, precision), values
+        return power_step(unpack_symmetric(S, d), Q, precision, platforms), values
 
     return Side(side.S, *kronecker.renewed(step, due, every, (side.Q, values), side.S))

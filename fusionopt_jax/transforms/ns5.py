@@ -112,7 +112,7 @@ def ns5(
         hot_dtype: Dtype of the iterations. `"fp32"`; `"bf16"` or `"fp16"` for half
             precision with fp32 accumulation; `"fp16_safe"` multiplies in fp16 and
             keeps the iterates in fp32; `"auto"` is fp32 on CPUs, fp16 on GPUs, bf16
-            elsewhere.
+            elsewhere, by the platform that the program is compiled for.
         scale: `None` leaves the singular values near 1. `"aspect"` multiplies by
             :math:`\sqrt{\max(1, \text{out}/\text{in})}`. `"rms"` gives every update a
             root mean square of 0.2, as Adam's has:
@@ -164,7 +164,9 @@ def ns5(
         check_choice("coefficients", coefficients, COEFFICIENTS)
     table = _checked_table(coefficients, steps)
 
-    def orthogonalise(stack: Array, dtype: HotDtype = hot_dtype) -> Array:
+    def orthogonalise(
+        stack: Array, dtype: HotDtype = hot_dtype, *, platforms: Any
+    ) -> Array:
         result = newton_schulz(
             stack,
             table,
@@ -173,6 +175,7 @@ def ns5(
             preconditioner=preconditioner,
             method=method,
             hot_dtype=dtype,
+            platforms=platforms,
         )
         if scale == "rms":
             result = _rms_scaled(result)

@@ -203,6 +203,7 @@ def shampoo(
             ids: Array,
             count: Count,
             *numbers: Array,
+            platforms: Any,
         ) -> tuple[Array, kronecker.Pair]:
             """The preconditioned stack, and what is known with its gradient."""
             b, p, delta, every = numbers
@@ -220,7 +221,7 @@ def shampoo(
                 ridge = delta
                 if relative:
                     ridge = delta * jnp.trace(L, axis1=1, axis2=2)[:, None] / L.shape[1]
-                return symmetric_power(L, p, ridge, alone=alone)
+                return symmetric_power(L, p, ridge, alone=alone, platforms=platforms)
 
             def side(one: Side | None, G: Array) -> Side | None:
                 if one is None:

@@ -1,11 +1,14 @@
 """Calls of a function of stacks over many leaves."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from fusionopt_jax._matrices import buckets, newton_schulz
+from fusionopt_jax._matrices.platform import PLATFORMS
 from fusionopt_jax._matrices.view import MatrixView
 from tests import _compare
 
@@ -24,10 +27,10 @@ def leaves():
     return [jnp.asarray(rng.normal(size=view.shape), jnp.float32) for view in VIEWS]
 
 
-@jax.jit
-def orthogonalize(stack):
+@functools.partial(jax.jit, static_argnames="platforms")
+def orthogonalize(stack, *, platforms=PLATFORMS):
     table = newton_schulz.coefficient_table("quintic", 2)
-    return newton_schulz.newton_schulz(stack, table)
+    return newton_schulz.newton_schulz(stack, table, platforms=platforms)
 
 
 @pytest.mark.parametrize("bucketing", ["loop", "batch", "leaf", "auto"])
@@ -65,7 +68,8 @@ SINGLES = [(1, 3, 6), (1, 5, 5), (1, 12, 3)]
 def test_equal_shapes_share_a_call(bucketing, shapes):
     seen = []
 
-    def remember(stack):
+    def remember(stack, *, platforms):
+        assert platforms == PLATFORMS
         seen.append(stack.shape)
         return stack
 
@@ -78,11 +82,13 @@ def test_equal_shapes_share_a_call(bucketing, shapes):
 def test_dtypes_are_not_mixed_in_a_bucket():
     view = MatrixView((3, 6), (0,), (1,))
     mixed = [jnp.ones((3, 6), jnp.float32), jnp.ones((3, 6), jnp.bfloat16)]
-    results = buckets.map_stacks(lambda s: s, mixed, [view, view], bucketing="batch")
+    results = buckets.map_stacks(
+        lambda s, **_: s, mixed, [view, view], bucketing="batch"
+    )
     assert [result.dtype for result in results] == [jnp.float32, jnp.bfloat16]
 
 
-def step(stacks, state, ids, scale):
+def step(stacks, state, ids, scale, *, platforms):
     """Stacks scaled along either side by what is remembered, which doubles."""
     stack, other = stacks
     rows, columns, _ = state
@@ -148,9 +154,32 @@ def test_the_program_does_not_grow_with_the_number_of_matrices():
     assert length(8) == length(2) > 0
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
-def test_the_backend_chooses_the_bucketing(platform, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    expected = "loop" if platform == "cpu" else "batch"
-    assert buckets.resolve_bucketing("auto") == expected
-    assert buckets.resolve_bucketing("leaf") == "leaf"
+def test_the_platform_chooses_the_bucketing():
+    """One version a platform, each of which knows what it may be compiled for."""
+    seen = {}
+
+    def remember(stack, *, platforms):
+        seen.setdefault(platforms, []).append(stack.shape)
+        return stack
+
+    call = lambda leaves: buckets.map_stacks(remember, leaves, VIEWS)  # noqa: E731
+    jax.jit(call).trace(leaves())
+    shapes = {("cpu",): (1, 3, 6), ("gpu", "other"): (8, 3, 6)}
+    assert seen.keys() == shapes.keys()
+    for platforms, shape in shapes.items():
+        assert shape in seen[platforms]
+
+    for platform in PLATFORMS:
+        assert buckets.resolve_bucketing("leaf", platform) == "leaf"
+        assert buckets.resolve_bucketing("auto", platform, devices=2) == "batch"
+
+
+def test_outside_of_jit_one_version_is_traced():
+    seen = set()
+
+    def remember(stack, *, platforms):
+        seen.add(platforms)
+        return stack
+
+    buckets.map_stacks(remember, leaves(), VIEWS)
+    assert len(seen) == 1

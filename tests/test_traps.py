@@ -201,10 +201,10 @@ def test_optax_sees_only_extra_arguments_it_can_take():
 
 
 def test_names_of_coefficients_are_those_of_the_documentation():
-    for name in ("quintic", "polar_express"):
+    for name in ("quintic", "polar_express", "gram_minimax"):
         fo.ns5(coefficients=name)
         fo.fusion_opt(0.1, settings={"ns5": {"coefficients": name}})
-    with pytest.raises(ValueError, match="'quintic', 'polar_express'"):
+    with pytest.raises(ValueError, match="'quintic', 'polar_express', 'gram_minimax'"):
         fo.ns5(coefficients="muon")
 
 

@@ -13,6 +13,7 @@ rate of a plain pass over memory.
 import dataclasses
 import importlib
 import importlib.util
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +37,12 @@ DEPTHS = (12, 28, 56)
 # On CPUs XLA starts as many operations at once as it can, which keeps many of their
 # results alive; its other schedule keeps few. Accelerators have one schedule only.
 LOW_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-FRUGAL = ("fusionopt SF-NorMuon", "fusionopt SF-AdamW", "optax.contrib.muon, rolled")
+FRUGAL = (
+    "fusionopt SF-NorMuon",
+    "fusionopt SF-NorMuon, one polynomial",
+    "fusionopt SF-AdamW",
+    "optax.contrib.muon, rolled",
+)
 
 
 def shapes_of(config: dit.DiTConfig, *, separate: bool) -> Any:
@@ -95,8 +101,20 @@ def candidates(params: Any) -> dict[str, optax.GradientTransformationExtraArgs]:
             routing=routing,
             settings={"ns5": {"preconditioner": "aol", "steps": 4}},
         ),
+        "fusionopt SF-NorMuon, one polynomial": fo.fusion_opt(
+            RATE,
+            routing=routing,
+            settings={"ns5": {"coefficients": "gram_minimax"}},
+        ),
         "fusionopt NorMuon": fo.fusion_opt(
             RATE, components={"ns5", "normuon"}, routing=routing, polyak_rule=None
+        ),
+        "fusionopt NorMuon, one polynomial": fo.fusion_opt(
+            RATE,
+            components={"ns5", "normuon"},
+            routing=routing,
+            polyak_rule=None,
+            settings={"ns5": {"coefficients": "gram_minimax"}},
         ),
         "fusionopt ns5 (Muon)": optax.chain(
             spectral(fo.ns5(routing=routing)), optax.scale(-RATE)
@@ -232,7 +250,7 @@ def main() -> None:
     arguments = measure.parser(__doc__)
     arguments.add_argument("--preset", default="DiT-S/2", choices=sorted(dit.CONFIGS))
     arguments.add_argument("--separate", action="store_true", help="layers not stacked")
-    arguments.add_argument("--only", default="", help="names that contain this")
+    arguments.add_argument("--only", default="", help="a regular expression")
     arguments.add_argument("--no-times", action="store_true", help="compile only")
     options = arguments.parse_args()
     config = dit.CONFIGS[options.preset]
@@ -247,7 +265,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     runners: dict[str, Callable[[], Any]] = {}
     for name, optimizer in candidates(shapes).items():
-        if options.only not in name:
+        if not re.search(options.only, name):
             continue
         state = jax.eval_shape(optimizer.init, shapes)
         arguments_of = (shapes, state, shapes)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from fusionopt_jax._matrices.buckets import Bucketing, StackFunction, map_stateful
-from fusionopt_jax._matrices.newton_schulz import frobenius_norm
+from fusionopt_jax._matrices.norm import frobenius_norm
 from fusionopt_jax._matrices.placement import stored
 from fusionopt_jax._matrices.view import MatrixView, StackShape
 from fusionopt_jax._paths import named_leaves

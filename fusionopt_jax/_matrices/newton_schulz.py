@@ -17,6 +17,9 @@ Since every such step multiplies :math:`X` from the left by a polynomial in the 
 .. math::
     Z = bR + cR^2, \qquad Q \leftarrow (aI + Z)\,Q, \qquad
     R \leftarrow (aI + Z)\,R\,(aI + Z), \qquad X_k = Q X_0 .
+
+Nor do there have to be steps: `gram_polynomial` has one polynomial :math:`Q = q(R)`
+that takes fewer products.
 """
 
 import functools
@@ -28,6 +31,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from fusionopt_jax._matrices.gram_polynomial import (
+    GRAM_MINIMAX,
+    GramPolynomial,
+    evaluate,
+)
+from fusionopt_jax._matrices.norm import frobenius_norm
 from fusionopt_jax._matrices.platform import PLATFORMS, Platform, by_platform
 from fusionopt_jax._types import Number
 
@@ -42,7 +51,7 @@ HOT_DTYPES: tuple[HotDtype, ...] = ("auto", "fp32", "bf16", "fp16", "fp16_safe")
 METHODS: tuple[Method, ...] = ("auto", "plain", "gram")
 PRECONDITIONERS: tuple[Preconditioner, ...] = ("frobenius", "aol")
 
-COEFFICIENTS: dict[str, CoefficientTable] = {
+COEFFICIENTS: dict[str, CoefficientTable | GramPolynomial] = {
     # Jordan et al., Muon, 2024: steepest slope at zero for a band of about [0.7, 1.2].
     "quintic": ((3.4445, -4.7750, 2.0315),),
     # Amsel et al., arXiv 2505.16932: minimax per step, with a 2 % safety factor.
@@ -53,11 +62,12 @@ COEFFICIENTS: dict[str, CoefficientTable] = {
         (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
         (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
     ),
+    "gram_minimax": GRAM_MINIMAX,
 }
 
 # Polar Express wants singular values at most 1 after rounding, so its input is
 # divided by 1.02 of the norm (arXiv 2505.16932, its reference code).
-_SAFETY: dict[str, float] = {"quintic": 1.0, "polar_express": 1.02}
+_SAFETY = {"quintic": 1.0, "polar_express": 1.02, "gram_minimax": 1.0}
 
 # The Gram form restarts from X after at most this many steps, for the rounding error
 # of R grows with each step taken on R alone. Against an SVD, in half precision, three
@@ -73,7 +83,7 @@ _LARGEST_UNIT = 4096.0
 
 def newton_schulz(
     G: Float[Array, "*batch m n"],
-    table: CoefficientTable,
+    table: CoefficientTable | GramPolynomial,
     *,
     eps: Number = 1e-7,
     safety: float = 1.0,
@@ -89,7 +99,8 @@ def newton_schulz(
 
     Args:
         G: A stack of matrices, of any floating dtype.
-        table: `(a, b, c)` of each step.
+        table: `(a, b, c)` of each step; or a polynomial of the Gram matrix, for which
+            `method` is `"gram"` and `hot_dtype` is `"fp32"` or `"auto"`.
         eps: Added to the norm.
         safety: Factor on the norm; what Polar Express needs beyond 1.
         preconditioner: `"frobenius"`, or `"aol"` to scale rows by almost-orthogonal
@@ -101,6 +112,8 @@ def newton_schulz(
     Returns:
         A stack shaped like `G`, in fp32.
     """
+    if isinstance(table, GramPolynomial) and hot_dtype == "auto":
+        hot_dtype = "fp32"
 
     def setting(platform: Platform) -> tuple[HotDtype, bool]:
         dtype = resolve_hot_dtype(hot_dtype, platform)
@@ -111,7 +124,7 @@ def newton_schulz(
         return _iterated(
             G,
             eps,
-            table=tuple(table),
+            table=table,
             safety=safety,
             preconditioner=preconditioner,
             method=method,
@@ -134,7 +147,7 @@ def _iterated(
     G: Float[Array, "*batch m n"],
     eps: Number,
     *,
-    table: CoefficientTable,
+    table: CoefficientTable | GramPolynomial,
     safety: float,
     preconditioner: Preconditioner,
     method: Method,
@@ -158,7 +171,10 @@ def _iterated(
         X = X * scale.mT if _tall(X) else scale * X
         R = scale * R * scale.mT
     X = (X * dot.unit).astype(dot.storage)
-    if method == "plain":
+    if isinstance(table, GramPolynomial):
+        R = dot.gram(X) if R is None else R
+        X = dot.onto(evaluate(table, R, dot), X)
+    elif method == "plain":
         X = _plain_steps(X, R, table, dot)
     else:
         for segment in gram_segments(table, hot_dtype):
@@ -262,11 +278,15 @@ class _Products(NamedTuple):
 
     @classmethod
     def fitting(
-        cls, hot_dtype: HotDtype, table: CoefficientTable, *, simulated: bool
+        cls,
+        hot_dtype: HotDtype,
+        table: CoefficientTable | GramPolynomial,
+        *,
+        simulated: bool,
     ) -> "_Products":
         """With the unit that leaves the largest operand below fp16's 65504."""
         dtype = jnp.dtype(_DTYPES.get(hot_dtype, jnp.float32))
-        if dtype != jnp.float16:
+        if isinstance(table, GramPolynomial) or dtype != jnp.float16:
             return cls(dtype, dtype, 1.0, simulated)
         # Between steps X has singular values up to 2 (the first step of Polar Express
         # makes such), so R has entries up to 4, bR + cR² up to 4|b| + 16|c|, and Q up
@@ -293,14 +313,17 @@ def _aol_scale(R: Float[Array, "*batch m m"]) -> Float[Array, "*batch m 1"]:
 
 def coefficient_table(
     coefficients: str | Sequence[Sequence[float]], steps: int
-) -> CoefficientTable:
+) -> CoefficientTable | GramPolynomial:
     """The `(a, b, c)` of each of `steps` steps; a short table repeats its last row.
 
     A named table that is too long loses its first rows: those only stretch what is
-    small, while the last ones bring every singular value near 1.
+    small, while the last ones bring every singular value near 1. A polynomial of the
+    Gram matrix has no steps.
     """
     named = isinstance(coefficients, str)
     rows = COEFFICIENTS[coefficients] if named else coefficients
+    if isinstance(rows, GramPolynomial):
+        return rows
     table = tuple((float(a), float(b), float(c)) for a, b, c in rows)
     if named:
         table = table[-steps:]
@@ -328,11 +351,13 @@ def resolve_hot_dtype(hot_dtype: HotDtype, platform: Platform) -> HotDtype:
 def newton_schulz_flops(
     m: int,
     n: int,
-    table: CoefficientTable,
+    table: CoefficientTable | GramPolynomial,
     method: Literal["plain", "gram"],
     hot_dtype: HotDtype = "fp32",
 ) -> int:
     """Floating-point operations of all matrix products for one m × n matrix, m ≤ n."""
+    if isinstance(table, GramPolynomial):
+        return 4 * m * m * n + 2 * m**3 * table.products
     if method == "plain":
         return len(table) * (4 * m * m * n + 2 * m**3)
     total = 0
@@ -356,29 +381,14 @@ def gram_segments(
 
 
 def cheaper_method(
-    m: int, n: int, table: CoefficientTable, hot_dtype: HotDtype = "fp32"
+    m: int,
+    n: int,
+    table: CoefficientTable | GramPolynomial,
+    hot_dtype: HotDtype = "fp32",
 ) -> Literal["plain", "gram"]:
     """The form that needs fewer operations: Gram above n/m of about 1.5."""
+    if isinstance(table, GramPolynomial):
+        return "gram"
     gram = newton_schulz_flops(m, n, table, "gram", hot_dtype)
     plain = newton_schulz_flops(m, n, table, "plain")
     return "gram" if gram < plain else "plain"
-
-
-def frobenius_norm(
-    X: Float[Array, "*batch m n"],
-    unit: Number | None = None,
-    *,
-    axis: int | tuple[int, ...] = (-2, -1),
-) -> Float[Array, "*batch _ _"]:
-    """Each matrix's Frobenius norm, or that of a part along `axis`, in fp32.
-
-    The squares of entries below 1e-19 or above 1e19 would leave the range of fp32. So
-    entries are divided by `unit`, by the largest of the part if none is given. The sum
-    has to fit: entries of an m × n matrix may be as large as 3e38/√(mn).
-    """
-    X = X.astype(jnp.float32)
-    if unit is None:
-        largest = jnp.max(jnp.abs(X), axis=axis, keepdims=True)
-        unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-    scaled = X / unit
-    return unit * jnp.sqrt(jnp.sum(scaled * scaled, axis=axis, keepdims=True))

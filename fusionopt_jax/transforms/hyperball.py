@@ -14,7 +14,7 @@ import optax
 from fusionopt_jax._checks import check_rate_or_schedule
 from fusionopt_jax._leaves import check_leaves, is_abstract
 from fusionopt_jax._matrices.buckets import Stack, map_leaves, stack_states
-from fusionopt_jax._matrices.newton_schulz import frobenius_norm
+from fusionopt_jax._matrices.norm import frobenius_norm
 from fusionopt_jax._optax import TransformLike, accepting_extra_args, transformation
 from fusionopt_jax._types import Array, Count, Float, Params, Scalar, ScalarOrSchedule
 from fusionopt_jax.iterates import schedule_free_states

@@ -22,7 +22,7 @@ from fusionopt_jax._checks import (
 )
 from fusionopt_jax._leaves import check_leaves, wide_zeros
 from fusionopt_jax._matrices.buckets import Stack, map_leaves, stack_states
-from fusionopt_jax._matrices.newton_schulz import frobenius_norm
+from fusionopt_jax._matrices.norm import frobenius_norm
 from fusionopt_jax._matrices.view import MatrixView
 from fusionopt_jax._optax import TransformLike, accepting_extra_args, transformation
 from fusionopt_jax._types import Array, Count, Float, Number, Params, Scalar

@@ -1,0 +1,1 @@
+"""Where tables of numbers in the library come from."""

@@ -1,0 +1,134 @@
+r"""One polynomial of the Gram matrix, in as few products as there can be.
+
+All of Newton–Schulz in Gram form is one polynomial :math:`q` of :math:`R = XX^\top`,
+:math:`X \leftarrow q(R)\,X`. Five quintic steps need 17 products of :math:`m \times m`
+matrices for theirs, since each hands :math:`R` and :math:`Q` on. Whatever :math:`N`
+products can compute is a table (Jarlebring & Lorentzon, arXiv 2504.01500): with
+:math:`Y_0 = I` and :math:`Y_1 = 2R - I`,
+
+.. math::
+    Y_{i+1} = \Bigl(\sum_{j=0}^i a_{ij} Y_j\Bigr)\Bigl(\sum_{j=0}^i b_{ij} Y_j\Bigr),
+    \quad i = 1 \dots N, \qquad q(R) = \sum_{j=0}^{N+1} c_j Y_j .
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Row: TypeAlias = tuple[float, ...]
+
+
+class GramPolynomial(NamedTuple):
+    """A polynomial as its table.
+
+    Attributes:
+        factors: :math:`a_i` and :math:`b_i` of each product.
+        output: :math:`c`.
+    """
+
+    factors: tuple[tuple[Row, Row], ...]
+    output: Row
+
+    @property
+    def products(self) -> int:
+        """How many products of m × m matrices it takes."""
+        return len(self.factors)
+
+
+def evaluate(
+    polynomial: GramPolynomial,
+    R: Float[Array, "*batch m m"],
+    dot: Callable[[Array, Array], Array],
+) -> Float[Array, "*batch m m"]:
+    """q(R), for singular values of X up to 1; `dot` multiplies two matrices."""
+    identity = jnp.broadcast_to(jnp.eye(R.shape[-1], dtype=R.dtype), R.shape)
+    Y = [identity, 2 * R - identity]
+    for a, b in polynomial.factors:
+        Y.append(dot(_sum(a, Y), _sum(b, Y)))
+    return _sum(polynomial.output, Y)
+
+
+def _sum(coefficients: Row, Y: Sequence[Array]) -> Array:
+    """Σ_j c_j Y_j."""
+    terms = [c * y for c, y in zip(coefficients, Y, strict=True) if c]
+    return sum(terms[1:], terms[0])
+
+
+# |σ q(σ²) − 1| ≤ 0.1 for σ in [1e-3, 1]: `examples/derivations/gram_polynomial.py`.
+# fmt: off
+GRAM_MINIMAX = GramPolynomial(
+    factors=(
+        (
+            (-0.159808543, 1.42818404),
+            (-0.159808539, 1.428184),
+        ),
+        (
+            (-1.18861006, 0.574828871, 1.40674753),
+            (-1.26214837, 0.505620729, 1.977051),
+        ),
+        (
+            (-1.85501762, -0.687374324, -1.14377477, 1.33833989),
+            (1.48274048, -0.531712168, -2.44216627, 1.15086895),
+        ),
+        (
+            (1.62287876, -1.90471375, -1.56708215, 0.135736604, 0.498200382),
+            (-1.97598439, 8.54894045, -3.68371949, 0.154434889, 2.35198446),
+        ),
+        (
+            (0.541211257, 0.453915137, 0.0, 0.0, -0.0025870171, -0.020520291),
+            (3.90217383, 5.09838297, 0.0, 0.783118521, 0.492144704, 2.45055006),
+        ),
+        (
+            (0.0, 0.0, 0.0, 0.0, 0.0177587331, 0.0, 0.0718887028),
+            (3.39462198, 0.0, 5.55850851, 0.0, 0.394575315, 2.38493181, -1.32415286),
+        ),
+        (
+            (-1.19151219, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.376937072),
+            (0.0, 0.0, 0.0, 0.0, -0.15031153, -0.122006277, 0.0, 0.624681633),
+        ),
+        (
+            (
+                0.0, -0.144745469, 0.0, 0.0, -0.018550192, 0.0, 0.0, 0.0941383692,
+                0.0653598802,
+            ),
+            (
+                0.0, 7.82965074, 0.0, 0.0, -0.39258843, -0.898554618, 0.0, 2.39325396,
+                1.23802608,
+            ),
+        ),
+        (
+            (
+                0.0, 2.31602076, 4.83669775, 0.0, 0.0, 0.106259054, 0.0, 0.0, 0.0,
+                2.03126415,
+            ),
+            (0.0, 0.0, 0.0, 0.0, 0.0, 0.00751744277, 0.0, 0.0, 0.0, 0.0852865717),
+        ),
+        (
+            (
+                -4.95579181, 0.0, -3.05880795, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0,
+                0.491578324,
+            ),
+            (
+                -0.0869371232, 0.0, 0.0, 0.0, -0.00354736478, -0.00259753985, 0.0, 0.0,
+                0.0, 0.0, 0.208404717,
+            ),
+        ),
+        (
+            (
+                -0.941238729, 0.0, 0.0, 0.0505276187, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0,
+                4.69198527, 1.52991923,
+            ),
+            (
+                0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.128717425, 0.0, 0.0,
+                0.235247675,
+            ),
+        ),
+    ),
+    output=(
+        0.0, 0.0, -0.896900497, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 3.68273414,
+        12.5439972,
+    ),
+)
+# fmt: on

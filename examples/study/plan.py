@@ -22,9 +22,6 @@ REACH = 6
 FIRST_SEEDS = 3
 """Seeds that every row of a part gets before one of them gets more."""
 
-LATER = ("vit", "glyphs")
-"""Workloads on which the parts after the baselines come last."""
-
 
 class Tuned(NamedTuple):
     """What tuning chose."""
@@ -135,8 +132,7 @@ def in_order(
 ) -> Iterator[Job]:
     """All runs that can start now, the most valuable first.
 
-    Part by part; in each, every row with a few seeds, then the rest of the seeds. After
-    the baselines, a language model and a diffusion transformer come before their like.
+    Part by part; in each, every row with a few seeds, then the rest of the seeds.
 
     Args:
         steps: The workloads, and the length of a run on each.
@@ -146,18 +142,12 @@ def in_order(
     """
     for part in PARTS:
         rows = [method for method in methods if method.part == part]
-        later = () if part == "baselines" else LATER
-        groups = (
-            [name for name in steps if name not in later],
-            [name for name in steps if name in later],
-        )
         for limit in (FIRST_SEEDS, math.inf):
-            for group in groups:
-                for method in rows:
-                    for name in places(method, group):
-                        todo = wanted(name, steps[name], method, finished, seeds)
-                        few = set(todo.seeds[: min(limit, len(todo.seeds))])
-                        yield from (job for job in todo.jobs if job.seed in (0, *few))
+            for method in rows:
+                for name in places(method, steps):
+                    todo = wanted(name, steps[name], method, finished, seeds)
+                    few = set(todo.seeds[: min(limit, len(todo.seeds))])
+                    yield from (job for job in todo.jobs if job.seed in (0, *few))
 
 
 class _Climb(NamedTuple):

@@ -114,7 +114,12 @@ def losses(part: str, rows: Rows) -> str:
     ]
     for method in METHODS.values():
         if method.part == part:
-            cells = [final_text(rows[name, method.name]) for name in names]
+            cells = [
+                final_text(rows[name, method.name])
+                if (name, method.name) in rows
+                else "not planned"
+                for name in names
+            ]
             command = f"`--only {method.name}`"
             lines.append(f"| {method.title} | {' | '.join(cells)} | {command} |")
     return "\n".join(lines)
@@ -131,8 +136,8 @@ def details(part: str, rows: Rows) -> str:
         if method.part != part:
             continue
         for name in columns_of(part):
-            row = rows[name, method.name]
-            if not row.runs or row.tuned is None:
+            row = rows.get((name, method.name))
+            if row is None or not row.runs or row.tuned is None:
                 continue
             some = next(iter(row.runs.values()))
             reference = beside(rows, row, "sf_normuon")

@@ -75,6 +75,9 @@ PARTS = {
     "shapes": "depth against width",
 }
 
+_TWO = ("lm", "digits")
+"""A language model and a diffusion transformer, for what is no baseline."""
+
 _MUON_LIKE = {"cosine": True, "momentum": 0.9, "nesterov": True}
 _NORMUON = fusion("ns5", "normuon", **_MUON_LIKE)
 _RECIPE = fusion(*SF_NORMUON)
@@ -107,26 +110,32 @@ _BASELINES = {
         "SF-NorMuon, no rule, rate 0.008 and decay 0.05", _RECIPE, seeds=5, **_FIXED
     ),
     "fixed_ratio": Method(
-        "SF-NorMuon, ratio, rate 0.008 and decay 0.05", _RATIO, seeds=5, **_FIXED
+        "SF-NorMuon, ratio, rate 0.008 and decay 0.05", _RATIO, **_FIXED
     ),
     "adamw_rest": Method(
         "AdamW, cosine, four times the rate for the rest",
         adamw(rest=4.0),
         centre=4e-3,
-        seeds=5,
     ),
     "normuon": Method("NorMuon, cosine", _NORMUON, seeds=5),
     "sf_normuon": Method("SF-NorMuon, no rule", _RECIPE, seeds=5),
-    "ratio": Method("SF-NorMuon, ratio", _RATIO, seeds=5),
-    "muon": Method("Optax Muon, cosine", muon(0.9), seeds=5),
-    "sf_adamw": Method("Schedule-Free AdamW", sf_adamw, seeds=5),
+    "ratio": Method("SF-NorMuon, ratio", _RATIO),
+    "muon": Method("Optax Muon, cosine", muon(0.9)),
+    "sf_adamw": Method("Schedule-Free AdamW", sf_adamw),
     "normuon_95": _varied(
         "NorMuon, cosine, momentum 0.95",
         fusion("ns5", "normuon", **{**_MUON_LIKE, "momentum": 0.95}),
         base="normuon",
+        on=_TWO,
     ),
-    "muon_95": _varied("Optax Muon, cosine, momentum 0.95", muon(0.95), base="muon"),
+    "muon_95": _varied(
+        "Optax Muon, cosine, momentum 0.95", muon(0.95), base="muon", on=_TWO
+    ),
 }
+
+# Changes of how the same direction is computed, or small ones of it: at SF-NorMuon's
+# rate, which the climb would find again.
+_AS_TUNED = {"climbs": False}
 
 _RULES = {
     "plus": Method(
@@ -200,9 +209,13 @@ _COMPONENTS = {
         _with("mona", "shampoo", settings=_KL_EVERY_STEP, polyak_rule="ratio"),
         base="ratio",
     ),
-    "whole": _varied("fused kernels whole", _with(chunks=False)),
-    "quintic": _varied("quintic coefficients", _set("ns5", coefficients="quintic")),
-    "aol": _varied("AOL, 4 steps", _set("ns5", preconditioner="aol", steps=4)),
+    "whole": _varied("fused kernels whole", _with(chunks=False), **_AS_TUNED),
+    "quintic": _varied(
+        "quintic coefficients", _set("ns5", coefficients="quintic"), **_AS_TUNED
+    ),
+    "aol": _varied(
+        "AOL, 4 steps", _set("ns5", preconditioner="aol", steps=4), **_AS_TUNED
+    ),
     "cautious": _varied("+ cautious", _with("cautious")),
     # It acts on about half of the entries, so that it may need twice as much.
     "cautious_decay": _varied(
@@ -234,27 +247,27 @@ _DECAY = {
 }
 
 _SETTINGS = {
-    **{
-        f"beta_{b1:g}": _varied(f"sf b1 {b1:g}", _set("sf", b1=b1))
-        for b1 in (0.4, 0.8, 0.9)
-    },
-    **{f"r_{r:g}": _varied(f"sf r {r:g}", _set("sf", r=r)) for r in (0.0, 1.0, 4.0)},
-    **{
-        f"momentum_{m:g}": _varied(f"momentum {m:g}", _with(momentum=m))
-        for m in (0.6, 0.9, 0.95)
-    },
-    "nesterov": _varied("Nesterov momentum", _with(nesterov=True)),
-    **{
-        f"hot_{dtype}": _varied(f"hot dtype {dtype}", _set("ns5", hot_dtype=dtype))
-        for dtype in ("bf16", "fp16")
-    },
-    # At the rate of fp32: does a run notice what its state is kept in?
-    **{
-        f"state_{dtype}": _varied(
-            f"state in {dtype}", _with(state_dtype=dtype), climbs=False, on=("lm",)
-        )
-        for dtype in ("bf16", "int8")
-    },
+    name: _varied(title, build, **_AS_TUNED)
+    for name, title, build in (
+        *(
+            (f"beta_{b1:g}", f"sf b1 {b1:g}", _set("sf", b1=b1))
+            for b1 in (0.4, 0.8, 0.9)
+        ),
+        *((f"r_{r:g}", f"sf r {r:g}", _set("sf", r=r)) for r in (0.0, 1.0, 4.0)),
+        *(
+            (f"momentum_{m:g}", f"momentum {m:g}", _with(momentum=m))
+            for m in (0.6, 0.9, 0.95)
+        ),
+        ("nesterov", "Nesterov momentum", _with(nesterov=True)),
+        *(
+            (f"hot_{dtype}", f"hot dtype {dtype}", _set("ns5", hot_dtype=dtype))
+            for dtype in ("bf16", "fp16")
+        ),
+        *(
+            (f"state_{dtype}", f"state in {dtype}", _with(state_dtype=dtype))
+            for dtype in ("bf16", "int8")
+        ),
+    )
 }
 
 _LENGTH = {
@@ -320,8 +333,13 @@ _SHAPES = {
     for name, (depth, width) in workloads.SHAPES.items()
 }
 
+# Parts whose rows run on two workloads of the four.
+_ON_TWO = ("rules", "components", "decay", "settings", "length")
+
 METHODS: dict[str, Method] = {
-    name: method._replace(name=name, part=part)
+    name: method._replace(
+        name=name, part=part, on=method.on or (_TWO if part in _ON_TWO else ())
+    )
     for part, rows in zip(
         PARTS,
         (

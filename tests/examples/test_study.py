@@ -363,6 +363,19 @@ def test_the_first_rows_come_first():
     assert second < names.index("plus")
 
 
+def test_what_is_no_baseline_runs_on_two_workloads():
+    for method in METHODS.values():
+        places = plan.places(method, workloads.NAMES)
+        if method.part == "rules":
+            assert places == ["lm", "digits"]
+        elif method.part == "baselines" and not method.name.endswith("_95"):
+            assert places == list(workloads.NAMES)
+    rows = summary.collect({})
+    shown = report.losses("baselines", rows).splitlines()
+    (line,) = [line for line in shown if "--only muon_95" in line]
+    assert line.count("not run yet") == line.count("not planned") == 2
+
+
 # Runs
 
 

@@ -22,7 +22,7 @@ def take_steps(params, loss_fn, routing, steps=5):
     @jax.jit
     def step(params, state):
         loss, grads = jax.value_and_grad(loss_fn)(params)
-        updates, state = tx.update(grads, state, params, value=loss)
+        updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
     before = loss_fn(params)

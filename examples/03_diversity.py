@@ -70,7 +70,10 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         given.batch_size,
     )
     sf_normuon = fo.fusion_opt(
-        8e-3, routing=optimizers.ROUTING, scalar_learning_rate=5e-3
+        8e-3,
+        routing=optimizers.ROUTING,
+        scalar_learning_rate=5e-3,
+        polyak_rule="ratio",
     )
     params = dit.init_params(setting.config, seed=0)
     state = sf_normuon.init(params)
@@ -84,6 +87,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         components=("ns5", "normuon", "sf", "mona", "shampoo"),
         routing=optimizers.ROUTING,
         scalar_learning_rate=5e-3,
+        polyak_rule="ratio",
     )
     report = fo.warm_start_report(full, params, state)
     print(f"warm start: new are {', '.join(report.started)}; the rest is carried")

@@ -248,7 +248,9 @@ def train(
             if (stopping or evaluating) and not checkpoints.save(state, params):
                 raise diverged("a weight", step, folder, checkpoints)
             bar.update(len(rows))
-            bar.set_postfix_str(f"loss {rows[-1].loss:.3f}, γ {rows[-1].step_size:.2f}")
+            bar.set_postfix_str(
+                f"loss {rows[-1].loss:.3f}, rate x {rows[-1].step_size:.2f}"
+            )
             if stopping:
                 raise KeyboardInterrupt(
                     f"step {step} is saved, continue with --resume --out {folder}"

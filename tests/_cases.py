@@ -179,7 +179,6 @@ ALL = (
     _optimizer(
         "fusion_opt",
         lambda routing: fo.fusion_opt(1e-2, routing=routing),
-        value=True,
         params=True,
     ),
     _optimizer(
@@ -201,7 +200,6 @@ ALL = (
             1e-2,
             routing=routing,
             components={"ns5"},
-            polyak_rule=None,
             scalar_learning_rate=5e-3,
             warmup_steps=3,
         ),
@@ -213,6 +211,7 @@ ALL = (
             optax.linear_schedule(1e-2, 1e-3, 10),
             routing=routing,
             components={"ns5", "normuon", "mona", "sf"},
+            polyak_rule="ratio",
         ),
         value=True,
         params=True,
@@ -224,6 +223,7 @@ ALL = (
             1e-2,
             routing=routing,
             components={"ns5", "normuon", "sf", "mona", "shampoo"},
+            polyak_rule="ratio",
             gains=True,
             settings={"shampoo": {"update_every": 2}},
         ),

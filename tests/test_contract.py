@@ -601,7 +601,7 @@ def test_numbers_of_an_nnx_state_have_the_names_of_any_other():
     plain = fo.diagnostics(tx.init(nnx.to_pure_dict(nnx.state(model, nnx.Param))))
     numbers = fo.diagnostics(optimizer.opt_state)
     assert set(numbers) == set(plain)
-    assert "polyak/step_size" in numbers
+    assert "schedule_free/weight_sum" in numbers
 
 
 def test_an_equinox_model_is_refused_where_it_must_be_filtered():

@@ -27,6 +27,7 @@ def stepped(rng):
         components=("ns5", "normuon", "mona", "shampoo", "sf"),
         routing=fo.Routing(min_dim=8),
         settings={"ns5": {"audit_every": 1}},
+        polyak_rule="ratio",
         gains=True,
     )
     params, gradient = draw(rng), draw(rng)

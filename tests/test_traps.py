@@ -247,7 +247,12 @@ def test_a_stack_of_kernels_is_no_longer_skipped():
 
 def test_the_state_can_be_fetched_by_its_name():
     params = _cases.parameters()
-    tx = fo.fusion_opt(0.1, routing=_cases.ROUTING, components=("ns5", "mona", "sf"))
+    tx = fo.fusion_opt(
+        0.1,
+        routing=_cases.ROUTING,
+        components=("ns5", "mona", "sf"),
+        polyak_rule="ratio",
+    )
     state = tx.init(params)
     for name in ("PolyakState", "ScheduleFreeState", "NS5State", "MONAState"):
         assert type(optax.tree.get(state, name)).__name__ == name

@@ -87,7 +87,7 @@ def schedule(name: str, steps: int) -> Callable[[Any], Any]:
 
 
 def step_size(name: str, steps: int, opt_state: Any, step: jax.Array) -> jax.Array:
-    """The factor that this step put on the learning rate: γ, or the schedule's."""
+    """The factor that this step put on the learning rate."""
     return jnp.asarray(
         optax.tree.get(opt_state, "step_size", schedule(name, steps)(step)), jnp.float32
     )

@@ -130,9 +130,9 @@ def command_line() -> argparse.ArgumentParser:
     training.add_argument(
         "--optimizer",
         choices=optimizers.NAMES,
-        help="fusion: NorMuon on the matrices, Adam on the rest, schedule-free, with a "
-        "shared Polyak step size; adamw, muon: Optax's, with warm-up and cosine; "
-        "sf-adamw: schedule-free AdamW (default: fusion)",
+        help="fusion: NorMuon on the matrices, Adam on the rest, schedule-free; "
+        "adamw, muon: Optax's, with warm-up and cosine; sf-adamw: schedule-free AdamW "
+        "(default: fusion)",
     )
     rates = ", ".join(f"{n} {r:g}" for n, r in optimizers.LEARNING_RATES.items())
     training.add_argument(

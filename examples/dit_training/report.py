@@ -22,7 +22,7 @@ class Row(NamedTuple):
     Attributes:
         step: 1 for the first update.
         loss: of the step's batch, before the update.
-        step_size: the factor on the learning rate: γ, or the schedule's.
+        step_size: the factor on the learning rate.
         validation_loss: after the update, at the deployed weights; None where it was
             not measured.
         seconds: of training so far, compilation and validation included.

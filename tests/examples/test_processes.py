@@ -135,7 +135,7 @@ def test_processes_end_where_one_does_and_survive_the_loss_of_one(
     assert all("weights" not in output for output in said[1:])
 
     alone = trained_here(images, tmp_path / "alone")
-    # What the issue asks for. The weights move by 1e-4 times γ in each of six steps.
+    # What is promised. The weights move by 1e-4 in each of six steps.
     _compare.assert_trees_within(whole, alone, 1e-5, "several processes")
     on_mesh = trained_here(images, tmp_path / "mesh", *mesh)
     _compare.assert_trees_within(on_mesh, alone, 1e-5, "one process, a mesh")
@@ -197,7 +197,7 @@ def test_a_step_fed_to_a_mesh_is_that_of_one_device(images, tmp_path):
     fresh = training.init_state(model, "fusion", 0)
     expected = one_device(fresh, *arrays, seed, rate)
     # A loss near 1 in float32, summed up in another order, and weights that move by
-    # 1e-4 times γ.
+    # 1e-4.
     _compare.assert_within(loss, expected[1], 1e-6)
     _compare.assert_within(size, expected[2], 1e-5)
     _compare.assert_trees_within(after, expected[0], 1e-5)

@@ -577,8 +577,8 @@ def test_the_ratio_beside_no_rule(finished):
             runs[job] = done._replace(step_sizes=[0.5 * job.seed, 2.0])
     # All rates end alike, so the first that is tried is the best.
     shown = (
-        "| bytes | +0.2500 ± 0.0000 (5) | 0.5 to 2.5 "
-        "| -0.1000 ± 0.0000 (5) | 0.008, 0.008 | 0.5 to 2.5 |"
+        "| bytes | +0.2500 ± 0.0000 (3) | 0.5 to 2.0 "
+        "| -0.1000 ± 0.0000 (3) | 0.008, 0.008 | 0.5 to 2.0 |"
     )
     assert shown in report.ratio(summary.collect(runs))
 

@@ -25,7 +25,7 @@ def draws(rng, steps):
 
 
 def fusion():
-    return fo.fusion_opt(1e-2, routing=fo.Routing(min_dim=8))
+    return fo.fusion_opt(1e-2, routing=fo.Routing(min_dim=8), polyak_rule="ratio")
 
 
 def scanned(tx, grads, losses):

@@ -186,10 +186,14 @@ def by_hand(sf=True, polyak=True, **orthogonaliser):
     return fo.polyak(tx) if polyak else tx
 
 
-@pytest.mark.parametrize(("sf", "polyak"), [(True, True), (False, False)])
+@pytest.mark.parametrize(
+    ("sf", "polyak"), [(True, True), (True, False), (False, False)]
+)
 def test_the_recipe_is_its_pieces(sf, polyak):
-    components = {"ns5", "normuon", "sf"} if sf else {"ns5", "normuon"}
-    tx = recipe(components=components, polyak_rule="ratio" if polyak else None)
+    arguments = {} if sf else {"components": {"ns5", "normuon"}}
+    if polyak:
+        arguments["polyak_rule"] = "ratio"
+    tx = recipe(**arguments)
     updates, params, state = path_of(tx)
     expected, their_params, their_state = path_of(by_hand(sf, polyak))
     # A decay of zero and casts to the same dtype are all that the recipe adds.
@@ -204,7 +208,8 @@ def test_the_recipe_is_its_pieces(sf, polyak):
 def test_settings_of_the_orthogonaliser_reach_it():
     settings = {"preconditioner": "aol", "steps": 4}
     updates, _, _ = path_of(recipe(settings={"ns5": settings}))
-    _compare.assert_trees_identical(updates, path_of(by_hand(**settings))[0])
+    by_hand_too = by_hand(polyak=False, **settings)
+    _compare.assert_trees_identical(updates, path_of(by_hand_too)[0])
     assert not np.array_equal(updates["wide"], path_of(recipe())[0]["wide"])
 
 
@@ -280,7 +285,7 @@ def test_a_component_that_does_not_exist_is_named():
 def test_what_an_update_lacks_is_named():
     params, steps, _ = problem()
     grads = jax.tree.map(lambda leaf: leaf[0], steps)
-    tx = recipe()
+    tx = recipe(polyak_rule="ratio")
     state = tx.init(params)
     with pytest.raises(ValueError, match="value=loss"):
         tx.update(grads, state, params)
@@ -531,7 +536,6 @@ def test_what_has_no_meaning_together_is_an_error(arguments, remedy):
         ({"ns5": {"routing": ROUTING}}, "fills in"),
         ({"sf": {"learning_rate": 1.0}}, "fills in"),
         ({"sf": {"b1": 2.0}}, "`b1`"),
-        ({"polyak": {"f_min": 1.0}}, "no effect"),
         ({"adam": {"beta": 1.0}}, "'b1', 'b2'"),
     ],
 )
@@ -540,9 +544,11 @@ def test_settings_without_effect_are_errors(settings, message):
         fo.fusion_opt(0.1, settings=settings)
 
 
-def test_settings_of_a_factor_that_is_left_out_are_an_error():
+def test_settings_of_a_factor_need_its_rule():
     with pytest.raises(ValueError, match="'polyak', which `polyak_rule`=None"):
-        fo.fusion_opt(0.1, polyak_rule=None, settings={"polyak": {"b1": 0.5}})
+        fo.fusion_opt(0.1, settings={"polyak": {"b1": 0.5}})
+    with pytest.raises(ValueError, match="no effect"):
+        fo.fusion_opt(0.1, polyak_rule="ratio", settings={"polyak": {"f_min": 1.0}})
     with pytest.raises(TypeError, match="must map keywords"):
         _cases.unchecked(fo.fusion_opt, 0.1, settings={"sf": 0.9})
 

@@ -25,6 +25,7 @@ def draw(rng):
 
 
 def fusion(components, routing=ROUTING, **settings):
+    settings = {"polyak_rule": "ratio"} | settings
     return fo.fusion_opt(1e-2, components=components, routing=routing, **settings)
 
 

@@ -112,6 +112,14 @@ _BASELINES = {
     "fixed_ratio": Method(
         "SF-NorMuon, ratio, rate 0.008 and decay 0.05", _RATIO, **_FIXED
     ),
+    **{
+        f"fixed_{decay}": Method(
+            f"SF-NorMuon, no rule, rate 0.008 and decay {decay}",
+            _RECIPE,
+            **{**_FIXED, "decays": (decay,)},
+        )
+        for decay in (0.2, 0.4)
+    },
     "adamw_rest": Method(
         "AdamW, cosine, four times the rate for the rest",
         adamw(rest=4.0),

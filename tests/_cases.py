@@ -190,7 +190,6 @@ ALL = (
             nesterov="optax",
             state_dtype="int8",
         ),
-        value=True,
         params=True,
         exhaustive=True,
     ),

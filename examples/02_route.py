@@ -21,7 +21,7 @@ def take_steps(params, loss_fn, routing, steps=5):
 
     @jax.jit
     def step(params, state):
-        loss, grads = jax.value_and_grad(loss_fn)(params)
+        grads = jax.grad(loss_fn)(params)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 

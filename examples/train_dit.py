@@ -1,6 +1,7 @@
 """Train a small diffusion transformer with SF-NorMuon and sample it from a cache.
 
-    python examples/train_dit.py                        # digits, about five minutes
+    python examples/train_dit.py                        # digits, about two minutes
+    python examples/train_dit.py --steps 1250           # the same for longer
     python examples/train_dit.py --optimizer adamw      # to compare optimizers
     python examples/train_dit.py --data my_images       # one subfolder per class
     python examples/train_dit.py --data my_images --latents vae      # in its latents

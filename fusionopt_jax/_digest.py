@@ -8,6 +8,7 @@ Integers add up exactly, in every order: the digest is the same on every device,
 or not, and NaN is a bit pattern like any other.
 """
 
+import contextlib
 import functools
 import math
 import weakref
@@ -32,8 +33,10 @@ def array_digest(array: Any) -> UInt32[Array | np.ndarray, "2"]:
     """
     if isinstance(array, Tracer):
         return _digest(array, _first_axis_is_whole(array))
-    # Known weights are compared now, also by a function that is being traced.
-    with jax.ensure_compile_time_eval():
+    # Known weights are compared now, also by a function that is being traced. Elsewhere
+    # this would compute the positions of all elements one operation after another.
+    tracing = isinstance(jnp.zeros((), jnp.uint32), Tracer)
+    with jax.ensure_compile_time_eval() if tracing else contextlib.nullcontext():
         if not isinstance(array, jax.Array):
             return np.asarray(_digest(jnp.asarray(_in_jax_words(array)), True))
         known = _known.get(id(array))

@@ -1,6 +1,7 @@
 """The digest of an array changes with every bit of it, and with nothing else."""
 
 import jax
+import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
@@ -33,6 +34,20 @@ class TestDigest:
         values = np.random.default_rng(4).normal(size=(3, 4, 2)).astype(np.float32)
         traced = jax.jit(array_digest)(values)
         np.testing.assert_array_equal(traced, array_digest(values))
+
+    def test_one_program_for_each_shape(self):
+        compiled = []
+
+        def listen(name: str, seconds: float, **_: object) -> None:
+            if "backend_compile" in name:
+                compiled.append(seconds)
+
+        array_digest(jnp.zeros(3))
+        array, other = jnp.ones((5, 7)), jnp.ones(11)
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        array_digest(array)
+        array_digest(other)
+        assert len(compiled) == 2
 
     def test_does_not_depend_on_the_layout(self):
         values = np.random.default_rng(4).normal(size=(2, 16, 8)).astype(np.float32)

@@ -32,6 +32,8 @@ from dit_training.data import load
 from dit_training.errors import RunError
 
 ACCEPTED_RATIO = 0.7
+STEPS = 1250
+"""Of every run; twice the main job's, for AdamW's best is its last."""
 SIZES = ("batch_size", "hidden_size", "depth")
 
 
@@ -164,7 +166,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     default = options.Settings()
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=default.steps)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--eval-every", type=int, default=50)
     parser.add_argument(
         "--adamw-learning-rates", type=float, nargs="+", default=[1e-3, 2e-3, 5e-3]

@@ -10,7 +10,7 @@ distance of the images to those of the same noise without a step cache, and the 
 at batch 1 and 8.
 
 `--model digits` has two models of 1.3 million weights on handwritten digits, one whose
-velocity Euler follows and one whose noise DDIM takes away: five minutes of training
+velocity Euler follows and one whose noise DDIM takes away: some minutes of training
 each on two CPU cores, and an hour in all. `--model glyphs` has one of 11 million for
 DDIM, on 32x32 pictures of characters: an hour of training, and an hour of the rest.
 

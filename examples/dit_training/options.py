@@ -23,9 +23,9 @@ class Settings:
 
     optimizer: str = "fusion"
     learning_rate: float = math.nan
-    steps: int = 1250
+    steps: int = 600
     seed: int = 0
-    eval_every: int = 125
+    eval_every: int = 100
     mesh: str | None = None
     data: str = "digits"
     latents: str | None = None

@@ -62,10 +62,31 @@ def test_accelerators_multiply_half_precision_in_batches(platform):
     for left, right, result in found:
         assert left.dtype == right.dtype == HALF[platform]
         assert result.dtype == "f32"
-    # All matrices of a bucket at once: the layers, their three chunks, the two single
-    # matrices of one shape.
-    assert {result.shape[0] for _, _, result in found} >= {3 * DEPTH, 2}
-    assert 1 not in {result.shape[0] for _, _, result in found}
+    # All layers at once, with their three chunks; both single matrices of one shape.
+    sizes = {result.shape[0] for _, _, result in found}
+    assert sizes == {3 * DEPTH, DEPTH, 2}
+
+
+@pytest.mark.parametrize(
+    "platform", ["cuda", pytest.param("tpu", marks=pytest.mark.exhaustive)]
+)
+@pytest.mark.parametrize("make", [fo.ns5, fo.kl_shampoo], ids=["ns5", "kl_shampoo"])
+def test_stacks_of_layers_are_never_joined(make, platform):
+    """Tall and wide ones of a shape would be, but the copies are two passes."""
+    layers = {name: parameters()["blocks"][name] for name in ("up", "down")}
+    singles = {name: parameters()[name] for name in ("first", "last")}
+
+    def joined(params):
+        text = step_of(make(routing=ROUTING), params, platform)
+        # Symmetric factors are unpacked from halves where they are renewed.
+        return [
+            operation
+            for operation in _stablehlo.operations(text)
+            if operation.kind == "concatenate" and not operation.inside
+        ]
+
+    assert joined({"blocks": layers}) == []
+    assert joined(singles)
 
 
 def test_cpus_multiply_fp32_one_matrix_at_a_time():

@@ -5,7 +5,6 @@ function once per bucket; `map_leaves` calls it for each leaf as it lies.
 """
 
 import functools
-import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -111,11 +110,11 @@ def map_stateful(
         keys: A number for each leaf. The `ids` of its matrices count on from there, so
             that they depend on the leaf and the index alone; `None` counts from 0.
         turn_state: What the state of a transposed stack is; its own inverse.
-        bucketing: `"batch"` joins stacks of equal matrix shape and makes one batched
-            call; `"loop"` goes through them one matrix at a time in a compiled loop,
-            through a leaf that is a stack as it lies and through single matrices
-            joined; `"leaf"` makes one batched call for each stack of a leaf; `"auto"`
-            chooses between the first two by the platform.
+        bucketing: `"batch"` makes one batched call of the stacks of equal matrix shape,
+            joined, and of each leaf of layers by itself; `"loop"` goes through them one
+            matrix at a time in a compiled loop, through a leaf that is a stack as it
+            lies and through single matrices joined; `"leaf"` makes one batched call for
+            each stack of a leaf; `"auto"` chooses one of the first two by the platform.
 
     Returns:
         The results, shaped like the leaves, and the new states.
@@ -252,7 +251,8 @@ def _mapped(
         for k, stack in enumerate(stacks):
             parts[i, k] = _Part(stack, states[i][k], ids[k])
     done: dict[tuple[int, int], tuple[Stack, Any]] = {}
-    for members in _buckets(parts, calls, devices):
+    layers = [view.batch_axes != () for view in views]
+    for members in _buckets(parts, calls, devices, layers):
         # Only stacks that are joined have to lie the same way.
         tall = {at: _tall(parts[at]) for at in members}
         turns = {at: tall[at] and not all(tall.values()) for at in members}
@@ -275,15 +275,18 @@ def _mapped(
 
 
 def _buckets(
-    parts: dict[tuple[int, int], _Part], calls: _Calls, devices: int
+    parts: dict[tuple[int, int], _Part],
+    calls: _Calls,
+    devices: int,
+    layers: Sequence[bool],
 ) -> list[list[tuple[int, int]]]:
-    """The stacks that one call serves."""
-    # A stack that gives every device a matrix needs no other, and a copy would be an
-    # exchange.
-    enough = devices if devices > 1 else math.inf
+    """The stacks that one call serves; `layers` is of the leaves that have an axis."""
+    # A stack that gives every device a matrix needs no other, nor does one of layers on
+    # a single device: a copy would be an exchange, or a pass over memory each way.
     buckets: dict[Hashable, list[tuple[int, int]]] = {}
     for at, part in parts.items():
-        alone = calls.bucketing == "leaf" or part.ids.shape[0] >= enough
+        enough = part.ids.shape[0] >= devices if devices > 1 else layers[at[0]]
+        alone = calls.bucketing == "leaf" or enough
         buckets.setdefault(at if alone else _kind(part, calls), []).append(at)
     if devices == 1:
         return list(buckets.values())

@@ -128,8 +128,9 @@ def ns5(
         eps: Added to the norm; the published value. With a smaller one the result
             doesn't depend on the gradient's scale, however small it is.
         bucketing: `"batch"` joins matrices of equal shape from all leaves into one
-            batched call, `"loop"` goes through them in a compiled loop, `"leaf"` calls
-            once for each leaf; `"auto"` loops on CPUs and batches elsewhere.
+            batched call (a stack of layers is one by itself), `"loop"` goes through
+            them in a compiled loop, `"leaf"` calls once for each leaf; `"auto"` loops
+            on CPUs and batches elsewhere.
         audit_every: Every this many updates, compute in fp32 as well and keep the
             relative difference in the state; `None` never does.
 

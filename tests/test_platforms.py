@@ -148,7 +148,10 @@ def test_bases_are_renewed_by_products_and_where_they_are_due(platform):
     assert (_stablehlo.count(text, "cholesky") > 0) == (platform == "tpu")
 
 
-@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+@pytest.mark.parametrize(
+    "platform",
+    ["cuda", *(pytest.param(p, marks=pytest.mark.exhaustive) for p in ("cpu", "tpu"))],
+)
 def test_a_forced_setting_is_the_same_everywhere(platform):
     tx = fo.ns5(routing=ROUTING, hot_dtype="bf16", bucketing="loop")
     params = {"blocks": {"up": parameters()["blocks"]["up"]}}
@@ -158,7 +161,10 @@ def test_a_forced_setting_is_the_same_everywhere(platform):
     assert {(left.shape[0], left.dtype) for left, _, _ in found} == {(1, dtype)}
 
 
-@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+@pytest.mark.parametrize(
+    "platform",
+    ["cuda", *(pytest.param(p, marks=pytest.mark.exhaustive) for p in ("cpu", "tpu"))],
+)
 def test_a_mesh_has_the_program_of_its_platform(platform):
     mesh = jax.make_mesh((2,), ("x",), (AxisType.Auto,), devices=jax.devices()[:2])
     lying = NamedSharding(mesh, PartitionSpec(None, "x"))

@@ -205,7 +205,7 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     if not rows:
         return
     columns = list(rows[0])
-    cells = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
+    cells = [columns, *([cell(row.get(column)) for column in columns] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     for row in cells:
         print("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
@@ -230,6 +230,24 @@ def bar_plot(
     """Horizontal bars of (median, low, high), with an optional line at a limit."""
     figure = Figure(figsize=(7.0, 0.9 + 0.36 * len(bars)), layout="constrained")
     axes = figure.subplots()
+    draw_bars(axes, bars, unit)
+    if floor is not None:
+        axes.axvline(floor[1], color="#c0392b", linestyle="--", linewidth=1)
+        axes.annotate(
+            floor[0],
+            (floor[1], len(bars) - 0.45),
+            color="#c0392b",
+            fontsize=8,
+            ha="left",
+        )
+    axes.set_title(title, fontsize=10)
+    save_figure(figure, out, name)
+
+
+def draw_bars(
+    axes: Any, bars: Mapping[str, tuple[float, float, float]], unit: str
+) -> None:
+    """The bars of `bar_plot`, the first one on top."""
     names = list(bars)[::-1]
     medians = [bars[label][0] for label in names]
     below = [max(bars[label][0] - bars[label][1], 0) for label in names]
@@ -243,19 +261,13 @@ def bar_plot(
             va="center",
             fontsize=8,
         )
-    if floor is not None:
-        axes.axvline(floor[1], color="#c0392b", linestyle="--", linewidth=1)
-        axes.annotate(
-            floor[0],
-            (floor[1], len(names) - 0.45),
-            color="#c0392b",
-            fontsize=8,
-            ha="left",
-        )
     axes.set_xlabel(unit)
-    axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.12)
+
+
+def save_figure(figure: Figure, out: Path, name: str) -> None:
+    """Writes `<name>.png`."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}.png"
     figure.savefig(path, dpi=110)
@@ -272,7 +284,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return result
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.3g}" if isinstance(value, float) else str(value)

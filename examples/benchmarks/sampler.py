@@ -83,17 +83,22 @@ def bar_name(row: dict[str, Any]) -> str:
 
 
 def time_preset(
-    preset: str, batch: int, dtype: Any, options: Any
+    preset: str,
+    batch: int,
+    dtype: Any,
+    options: Any,
+    config: dit.DiTConfig | None = None,
 ) -> list[dict[str, Any]]:
-    """Cached and uncached, looped and unrolled, in turn."""
-    config = dit.CONFIGS[preset]
+    """Cached and uncached, looped and unrolled, in turn; `config` is the preset's."""
+    config = dit.CONFIGS[preset] if config is None else config
     shapes = jax.eval_shape(lambda: dit.init_params(config))
     params = measure.random_like(shapes, seed=0)
     if dtype != jnp.float32:
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     sampler = dit.Sampler.euler(steps=options.steps)
-    labels = jnp.full(batch, LABEL, jnp.int32)
-    cache = dit.build_cache(params, config, sampler.eval_times(), [LABEL], dtype=dtype)
+    label = LABEL % config.num_classes
+    labels = jnp.full(batch, label, jnp.int32)
+    cache = dit.build_cache(params, config, sampler.eval_times(), [label], dtype=dtype)
     stripped = dit.strip_modulators(params)
     shape = (batch, config.input_size, config.input_size, config.in_channels)
     noise = jax.random.normal(jax.random.key(1), shape)

@@ -39,6 +39,13 @@ def variants() -> dict[str, dict[str, Any]]:
             "method": "gram",
             "hot_dtype": "fp32",
         },
+        "AOL, one polynomial, fp32": {
+            "coefficients": "gram_minimax",
+            "steps": 5,
+            "method": "gram",
+            "hot_dtype": "fp32",
+            "preconditioner": "aol",
+        },
         "AOL, 4 steps, fp32": {
             "coefficients": "polar_express",
             "steps": 4,
@@ -57,7 +64,11 @@ def orthogonaliser(settings: dict[str, Any]) -> Any:
     """A function of a stack."""
     settings = dict(settings)
     coefficients = settings.pop("coefficients")
-    table = newton_schulz.coefficient_table(coefficients, settings.pop("steps"))
+    table = newton_schulz.coefficient_table(
+        coefficients,
+        settings.pop("steps"),
+        preconditioner=settings.get("preconditioner", "frobenius"),
+    )
     safety = newton_schulz.safety_factor(coefficients)
     looped = jax.default_backend() == "cpu"
 
@@ -191,7 +202,9 @@ def time_all(
         rate = flops / times["plain product"].median
         for name, settings in chosen.items():
             table = newton_schulz.coefficient_table(
-                settings["coefficients"], settings["steps"]
+                settings["coefficients"],
+                settings["steps"],
+                preconditioner=settings.get("preconditioner", "frobenius"),
             )
             dtype_name = settings["hot_dtype"]
             method = settings["method"]

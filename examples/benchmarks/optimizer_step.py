@@ -39,7 +39,6 @@ DEPTHS = (12, 28, 56)
 LOW_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 FRUGAL = (
     "fusionopt SF-NorMuon",
-    "fusionopt SF-NorMuon, one polynomial",
     "fusionopt SF-AdamW",
     "optax.contrib.muon, rolled",
 )
@@ -105,6 +104,11 @@ def candidates(params: Any) -> dict[str, optax.GradientTransformationExtraArgs]:
             RATE,
             routing=routing,
             settings={"ns5": {"coefficients": "gram_minimax"}},
+        ),
+        "fusionopt SF-NorMuon, AOL, one polynomial": fo.fusion_opt(
+            RATE,
+            routing=routing,
+            settings={"ns5": {"preconditioner": "aol", "coefficients": "gram_minimax"}},
         ),
         "fusionopt NorMuon": fo.fusion_opt(
             RATE, components={"ns5", "normuon"}, routing=routing, polyak_rule=None

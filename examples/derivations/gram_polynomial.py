@@ -268,13 +268,13 @@ def eliminated(
 
 
 def refined(
-    table: Table, p: np.ndarray, rounds: int, **settings: Any
+    table: Table, p: np.ndarray, low: float, rounds: int, **settings: Any
 ) -> tuple[float, np.ndarray]:
     """Fitted on, on another grid each time, so that nothing hides between points."""
-    fine = grid(LOWEST, HIGHEST, 3000)
+    fine = grid(low, HIGHEST, 3000)
     best = largest_error(table, p, fine), p
     for i in range(rounds):
-        x = grid(LOWEST, HIGHEST, 240 + 17 * i)
+        x = grid(low, HIGHEST, 240 + 17 * i)
         _, p = fit(table, p, x, rounds=30, first=15, **settings)
         error = largest_error(table, p, fine)
         if error < best[0]:
@@ -282,9 +282,11 @@ def refined(
     return best
 
 
-def sparse(table: Table, p: np.ndarray, allowed: float) -> tuple[float, np.ndarray]:
+def sparse(
+    table: Table, p: np.ndarray, low: float, allowed: float
+) -> tuple[float, np.ndarray]:
     """Coefficients set to zero, the least felt first, while the rest is fitted."""
-    x, fine = grid(LOWEST, HIGHEST, 150), grid(LOWEST, HIGHEST, 3000)
+    x, fine = grid(low, HIGHEST, 150), grid(low, HIGHEST, 3000)
     needed = np.zeros(table.size, bool)
     while True:
         _, J = table.derivatives(p, x)
@@ -352,6 +354,8 @@ def main() -> None:
     )
     arguments.add_argument("--schedules", action="store_true")
     arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--low", type=float, default=LOWEST, help="lowest σ")
+    arguments.add_argument("--steps", type=int, nargs="+", default=[4, 5])
     arguments.add_argument("--products", type=int, default=11)
     arguments.add_argument("--allowed", type=float, default=0.1)
     options = arguments.parse_args()
@@ -361,24 +365,26 @@ def main() -> None:
     # Trials far off overflow, and are refused.
     np.seterr(all="ignore")
     rng = np.random.default_rng(options.seed)
-    low, steps = LOWEST, []
-    for products in (4, 5):
+    low, steps = options.low, []
+    for products in options.steps:
         starts = [one_step(products, low, rng) for _ in range(10)]
         error, p = min(starts, key=lambda found: found[0])
         steps.append((products, error, p))
         low = (1 - error) / (1 + error)
         print(f"step with {products} products: {error:.4f}", flush=True)
     table, p = composed(steps)
-    x = grid(LOWEST, 1.0, 160)
+    x = grid(options.low, 1.0, 160)
     error, p = fit(table, p, x, rounds=80)
     print(f"{table.products} products: {error:.4f}", flush=True)
     while table.products > options.products:
         error, table, p = eliminated(table, p, x)
         print(f"{table.products} products: {error:.4f}", flush=True)
-    error, p = refined(table, p, 20, ridge=LAST_RIDGE)
+    low = options.low
+    error, p = refined(table, p, low, 20, ridge=LAST_RIDGE)
     print(f"small coefficients: {error:.4f}", flush=True)
-    error, p = sparse(table, p, options.allowed)
-    error, p = refined(table, p, 4, ridge=LAST_RIDGE, free=np.flatnonzero(p))
+    error, p = sparse(table, p, low, options.allowed)
+    free = np.flatnonzero(p)
+    error, p = refined(table, p, low, 4, ridge=LAST_RIDGE, free=free)
     print(f"{np.count_nonzero(p)} of {table.size} coefficients: {error:.4f}")
     show(table, p)
 

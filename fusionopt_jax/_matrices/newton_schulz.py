@@ -33,6 +33,7 @@ from jaxtyping import Array, Float
 
 from fusionopt_jax._matrices.gram_polynomial import (
     GRAM_MINIMAX,
+    GRAM_MINIMAX_AOL,
     GramPolynomial,
     evaluate,
 )
@@ -312,18 +313,21 @@ def _aol_scale(R: Float[Array, "*batch m m"]) -> Float[Array, "*batch m 1"]:
 
 
 def coefficient_table(
-    coefficients: str | Sequence[Sequence[float]], steps: int
+    coefficients: str | Sequence[Sequence[float]],
+    steps: int,
+    *,
+    preconditioner: Preconditioner = "frobenius",
 ) -> CoefficientTable | GramPolynomial:
     """The `(a, b, c)` of each of `steps` steps; a short table repeats its last row.
 
     A named table that is too long loses its first rows: those only stretch what is
     small, while the last ones bring every singular value near 1. A polynomial of the
-    Gram matrix has no steps.
+    Gram matrix has no steps; the one for AOL's start has fewer products.
     """
     named = isinstance(coefficients, str)
     rows = COEFFICIENTS[coefficients] if named else coefficients
     if isinstance(rows, GramPolynomial):
-        return rows
+        return GRAM_MINIMAX_AOL if preconditioner == "aol" else rows
     table = tuple((float(a), float(b), float(c)) for a, b, c in rows)
     if named:
         table = table[-steps:]

@@ -30,8 +30,7 @@ def scales_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of the scales of an array: its own, with blocks along the last axis.
 
     A row is halved while that can be done and its parts are longer than `BLOCK`. So all
-    blocks are of one length, and as many devices as a power of two has can hold an
-    equal number of whole ones.
+    blocks are of one length and their number is a power of two, as that of devices is.
     """
     if not shape:
         return ()

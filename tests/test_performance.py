@@ -70,6 +70,28 @@ def test_program_size_is_independent_of_depth(steps):
     assert len(lines) == 1
 
 
+@pytest.mark.parametrize(
+    "dtype", ["int8", pytest.param("bf16", marks=pytest.mark.exhaustive)]
+)
+def test_few_bits_need_a_place_for_the_sum(dtype, steps):
+    """Of momentum and gradient, which fp32 writes over the old momentum."""
+    optimizer = fo.fusion_opt(1e-3, routing=ROUTING, state_dtype=dtype)
+    params = parameters(6)
+    memory = compiled(optimizer, params).memory_analysis()
+    exact = steps[6].memory_analysis()
+    blocks = {name: params["blocks"][name] for name in ("qkv", "proj", "down")}
+    # Besides, a few numbers for each row.
+    allowed = exact.temp_size_in_bytes + 4 * size(blocks) * 1.1
+    assert memory.temp_size_in_bytes <= allowed
+    saved = exact.argument_size_in_bytes - memory.argument_size_in_bytes
+    # A row of 96 or 32 has one scale.
+    rows = sum(leaf.size // leaf.shape[-1] for leaf in blocks.values())
+    rest = size(params) - size(blocks)
+    moved = {"bf16": 2 * size(blocks), "int8": 3 * size(blocks) - 4 * rows}[dtype]
+    # Adam's two moments of the rest; two counts of steps are new.
+    assert saved == moved + 4 * rest - 2 * 4
+
+
 def test_separate_layers_grow_no_loop_bodies():
     """Layers with leaves of their own share one Newton-Schulz loop for each shape."""
 

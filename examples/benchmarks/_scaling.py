@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from fusionopt_jax._codec import scales_shape
 from fusionopt_jax._matrices.newton_schulz import (
     HotDtype,
     cheaper_method,
@@ -21,6 +22,8 @@ FULL_SET = ("ns5", "normuon", "sf", "mona", "shampoo")
 FP32 = 4
 # Above this ratio of sides KL-Shampoo keeps a factor of the shorter side alone.
 BOTH_SIDES = 1.5
+# Bytes of a momentum and of an average by `state_dtype`, without the scales of blocks.
+STATE_DTYPES = {"fp32": (4, 4), "bf16": (2, 2), "int8": (1, 2)}
 
 
 class Stack(NamedTuple):
@@ -154,6 +157,7 @@ def cost(
     tokens: int = 8192,
     hot_dtype: HotDtype = "bf16",
     update_every: int = 10,
+    state_dtype: str = "fp32",
 ) -> Cost:
     """What each of `devices` pays for a step.
 
@@ -164,22 +168,15 @@ def cost(
         tokens: Of the batch, on each device.
         hot_dtype: Of the Newton-Schulz iterations.
         update_every: Steps between two renewals of a basis.
+        state_dtype: What momentum and averages are kept in.
     """
     shampoo = "shampoo" in components
     parameters = FP32 * network.size / devices
     shared = buckets(list(network.stacks.values()), devices)
-    kron = [kronecker_sizes(stack) for stack in network.stacks.values()]
-    state = matrix_copies(components) * FP32 * network.matrices / devices
-    state += 3 * FP32 * network.rest / devices
-    state += FP32 * sum(
-        stack.count * stack.outputs for stack in network.stacks.values()
-    )
-    if shampoo:
-        state += FP32 * sum(kron) / devices
     return Cost(
         parameters=parameters,
         gradients=parameters,
-        state=state,
+        state=held_state(network, components, devices, state_dtype),
         temporaries=temporaries(network, components, devices),
         optimiser_flops=sum(
             share(stack, devices) * orthogonalising(stack, hot_dtype)
@@ -199,9 +196,26 @@ def cost(
     )
 
 
-def matrix_copies(components: Sequence[str]) -> int:
-    """Arrays of the state that are as large as the matrices: momentum, z, MONA's."""
-    return 1 + ("sf" in components) + ("mona" in components)
+def held_state(
+    network: Network, components: Sequence[str], devices: int, state_dtype: str
+) -> float:
+    """Bytes of the optimiser's state on each device."""
+    stacks = network.stacks.values()
+    momentum, average = STATE_DTYPES[state_dtype]
+    z = FP32 * ("sf" in components)
+    divided = (momentum + z + average * ("mona" in components)) * network.matrices
+    divided += (2 * average + z) * network.rest
+    if state_dtype == "int8":
+        divided += FP32 * sum(
+            math.prod(scales_shape((stack.count, stack.inputs, stack.outputs)))
+            for stack in stacks
+        )
+    if "shampoo" in components:
+        divided += FP32 * sum(map(kronecker_sizes, stacks))
+    # NorMuon's numbers of neurons are on every device.
+    return divided / devices + FP32 * sum(
+        stack.count * stack.outputs for stack in stacks
+    )
 
 
 def buckets(stacks: Sequence[Stack], devices: int) -> list[Stack]:

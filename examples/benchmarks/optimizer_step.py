@@ -39,6 +39,7 @@ DEPTHS = (12, 28, 56)
 LOW_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 FRUGAL = (
     "fusionopt SF-NorMuon",
+    "fusionopt SF-NorMuon, int8 state",
     "fusionopt SF-AdamW",
     "optax.contrib.muon, rolled",
 )
@@ -109,6 +110,12 @@ def candidates(params: Any) -> dict[str, optax.GradientTransformationExtraArgs]:
             RATE,
             routing=routing,
             settings={"ns5": {"preconditioner": "aol", "coefficients": "gram_minimax"}},
+        ),
+        "fusionopt SF-NorMuon, bf16 state": fo.fusion_opt(
+            RATE, routing=routing, state_dtype="bf16"
+        ),
+        "fusionopt SF-NorMuon, int8 state": fo.fusion_opt(
+            RATE, routing=routing, state_dtype="int8"
         ),
         "fusionopt NorMuon": fo.fusion_opt(
             RATE, components={"ns5", "normuon"}, routing=routing, polyak_rule=None

@@ -52,6 +52,7 @@ COSTS = (
     "training receives GB",
     "optimiser receives GB",
 )
+STATES = ("network", "devices", *(f"{name}, state GB" for name in OPTIMISERS))
 TIMES = ("network", "devices", "training ms", "optimiser ms", *LINKS)
 
 # For the check: stacks that the devices share evenly, one that they don't.
@@ -87,6 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "--schedule", metavar="TOPOLOGY", help="as v5e:2x4, with libtpu"
     )
     parser.add_argument("--network", choices=model.NETWORKS, help="for the schedule")
+    parser.add_argument(
+        "--state-dtype", choices=model.STATE_DTYPES, default="fp32", help="to check"
+    )
     parser.add_argument("--only", choices=OPTIMISERS, help="check this optimiser alone")
     parser.add_argument("--tokens", type=int, default=8192, help="on each device")
     options = parser.parse_args(arguments)
@@ -94,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", options.check)
         checks = [
-            check(name, network, optimiser, options.check)
+            check(name, network, optimiser, options.check, options.state_dtype)
             for name, network in SMALL.items()
             for optimiser in ([options.only] if options.only else OPTIMISERS)
         ]
@@ -107,10 +111,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         print(*steps, sep="\n")
         measure.print_table([row])
         return {"checks": [row], "schedule": steps}
-    rows = table(options.tokens)
+    rows, states = table(options.tokens), state_table()
     print(f"With {options.tokens} tokens of the batch on each device.\n")
     print(markdown(rows, COSTS), markdown(rows, TIMES), sep="\n\n")
-    return {"rows": rows}
+    print(f"\nState in {', '.join(model.STATE_DTYPES)}:\n\n{markdown(states, STATES)}")
+    return {"rows": rows, "states": states}
 
 
 def table(tokens: int) -> list[dict[str, Any]]:
@@ -156,6 +161,22 @@ def table(tokens: int) -> list[dict[str, Any]]:
     return rows
 
 
+def state_table() -> list[dict[str, Any]]:
+    """Gigabytes of state by `state_dtype`, in the order of `STATE_DTYPES`."""
+    return [
+        {"network": name, "devices": devices}
+        | {
+            f"{optimiser}, state GB": [
+                model.held_state(network, components, devices, dtype) / 1e9
+                for dtype in model.STATE_DTYPES
+            ]
+            for optimiser, components in OPTIMISERS.items()
+        }
+        for name, network in model.NETWORKS.items()
+        for devices in DEVICES[:1]
+    ]
+
+
 def markdown(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
     """A table as the documentation has it."""
 
@@ -172,7 +193,11 @@ def markdown(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
 
 
 def check(
-    name: str, network: model.Network, optimiser: str, devices: int
+    name: str,
+    network: model.Network,
+    optimiser: str,
+    devices: int,
+    state_dtype: str = "fp32",
 ) -> dict[str, Any]:
     """Formulas beside what XLA says of the step's program."""
     components = OPTIMISERS[optimiser]
@@ -182,18 +207,24 @@ def check(
         axis_types=(AxisType.Auto,),
         devices=jax.devices()[:devices],
     )
-    program = compiled(network, components, mesh)
-    row = compared(program, network, components, devices)
+    program = compiled(network, components, mesh, state_dtype=state_dtype)
+    row = compared(program, network, components, devices, state_dtype)
     return {"network": name, "optimiser": optimiser, **row}
 
 
 def compared(
-    program: Any, network: model.Network, components: Sequence[str], devices: int
+    program: Any,
+    network: model.Network,
+    components: Sequence[str],
+    devices: int,
+    state_dtype: str = "fp32",
 ) -> dict[str, Any]:
     """The figures of a program, each after that of the formula."""
     memory = program.memory_analysis()
     read = programs.read(program.as_text())
-    cost = model.cost(network, components, devices, hot_dtype="fp32")
+    cost = model.cost(
+        network, components, devices, hot_dtype="fp32", state_dtype=state_dtype
+    )
     sums = read.received.get("all-reduce", 0.0)
     return {
         "held": cost.parameters + cost.gradients + cost.state,
@@ -226,6 +257,7 @@ def compiled(
     components: Sequence[str],
     mesh: Any,
     options: dict[str, str] | None = None,
+    state_dtype: Any = "fp32",
 ) -> Any:
     """The optimiser's step for parameters that are divided among all devices."""
     everywhere = NamedSharding(mesh, P())
@@ -234,7 +266,9 @@ def compiled(
         for name, stack in network.stacks.items()
     }
     routing = fo.Routing(stacked=tuple(params), min_dim=1)
-    tx = fo.fusion_opt(1e-3, components=components, routing=routing)
+    tx = fo.fusion_opt(
+        1e-3, components=components, routing=routing, state_dtype=state_dtype
+    )
     shapes = jax.eval_shape(tx.init, params)
     own = jax.jit(tx.init).lower(params).compile().output_shardings
 

@@ -10,6 +10,7 @@ from fusionopt_jax._matrices.placement import alike
 from fusionopt_jax._paths import path_keys
 from fusionopt_jax._states import Entry
 from fusionopt_jax.transforms.quantize_state import (
+    SCALES,
     QuantizedState,
     blocks_of,
     numbers_of,
@@ -58,7 +59,8 @@ def _scales(entries: list[Entry]) -> dict[int, int]:
     for at, (component, path, _) in enumerate(entries):
         keys = path_keys(path)
         if component.kind == QuantizedState.__name__ and keys[0] == "scales":
-            waiting[component.group, keys[1:]].append(at)
+            own = (keys[1].removesuffix(SCALES), *keys[2:])
+            waiting[component.group, own].append(at)
     pairs = {}
     for at, (component, path, leaf) in enumerate(entries):
         own = waiting.get((component.group, path_keys(path)))

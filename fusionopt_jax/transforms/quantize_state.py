@@ -25,6 +25,9 @@ from fusionopt_jax._types import Array, Count, Float, Int, Params
 
 StateDtype: TypeAlias = Literal["bf16", "int8"]
 
+# Or Optax would find two values of one name in the state.
+SCALES = "_scales"
+
 _DTYPES: tuple[StateDtype, ...] = ("bf16", "int8")
 
 
@@ -33,8 +36,9 @@ class QuantizedState(NamedTuple):
 
     Attributes:
         count: Updates so far, from which the stochastic rounding is drawn.
-        scales: By the name of each field in 8 bits, a tree of fp32 scales: shaped like
-            the parameters, with an entry for each block along the last axis.
+        scales: For each field in 8 bits, under its name and `_scales`, a tree of fp32
+            scales: the parameters' own, with an entry for each block along the last
+            axis.
         inner_state: State of the wrapped transformation, its fields in few bits.
     """
 
@@ -94,8 +98,10 @@ def quantize_state(
         ... )
         >>> params = {"w": jnp.ones((256, 256))}
         >>> _, state = tx.update(params, tx.init(params))
-        >>> state[0].inner_state.trace["w"].dtype, state[0].scales["trace"]["w"].shape
-        (dtype('int8'), (256, 2))
+        >>> state[0].inner_state.trace["w"].dtype
+        dtype('int8')
+        >>> state[0].scales["trace_scales"]["w"].shape
+        (256, 2)
 
     Source:
         Dettmers et al., *8-bit Optimizers via Block-wise Quantization*, arXiv
@@ -130,7 +136,9 @@ def quantize_state(
             else:
                 pairs = [blocks_of(leaf) for leaf in jax.tree.leaves(tree)]
                 leaves = [codes for codes, _ in pairs]
-                scales[name] = structure.unflatten([scale for _, scale in pairs])
+                scales[name + SCALES] = structure.unflatten(
+                    [scale for _, scale in pairs]
+                )
             narrow[name] = structure.unflatten(leaves)
         return QuantizedState(count, scales, state._replace(**narrow))
 
@@ -142,7 +150,7 @@ def quantize_state(
             if dtype == "bf16":
                 wide[name] = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
             else:
-                wide[name] = jax.tree.map(numbers_of, tree, state.scales[name])
+                wide[name] = jax.tree.map(numbers_of, tree, state.scales[name + SCALES])
         return state.inner_state._replace(**wide)
 
     def init_fn(params: Params) -> QuantizedState:

@@ -32,6 +32,17 @@ def test_formulas_are_those_of_a_program(script):
 
 
 @pytest.mark.exhaustive
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_formulas_of_states_in_few_bits_are_those_of_a_program(script, dtype):
+    row = script.check("uneven", script.SMALL["uneven"], "SF-NorMuon", 8, dtype)
+    # Besides, the program holds a few scalars.
+    assert row["held"] <= row["held, XLA"] <= row["held"] + 1024
+    # The sum of momentum and gradient, which fp32 writes over the old momentum.
+    network = script.SMALL["uneven"]
+    assert row["temporary, XLA"] <= row["temporary"] + 4 * network.matrices / 8
+
+
+@pytest.mark.exhaustive
 def test_formulas_are_those_of_another_program(script):
     check(script, "even", "SF-NorMuon", 1.1)
 
@@ -62,6 +73,11 @@ def test_bytes_of_a_large_network(script):
     # Both sides of the square matrices, the shorter one of the three others.
     a_side = 5121 * 2560 + 5120**2 + 5120
     assert full.state - plain.state == 4 * (matrices + 32 * 5 * a_side) / 8
+    # Rows of 3, 1, 4 and 1 times 5120: 128 blocks of 120, else blocks of 80.
+    blocks = 32 * 5120 * (128 + 64 + 256 + 4 * 64)
+    narrow = script.model.held_state(network, script.model.SF_NORMUON, 8, "int8")
+    held = (5 * matrices + 4 * blocks + 8 * (table + norms)) / 8 + 4 * neurons
+    assert narrow == held
 
 
 def test_the_page_has_the_tables_of_the_script(script, capsys):
@@ -69,9 +85,13 @@ def test_the_page_has_the_tables_of_the_script(script, capsys):
     assert len(rows) == 6 * 3
     printed = capsys.readouterr().out
     page = (SCRIPTS.parents[1] / "docs" / "scaling.md").read_text()
-    for columns in (script.COSTS, script.TIMES):
-        assert script.markdown(rows, columns) in printed
-        assert script.markdown(rows, columns) in page
+    states = script.state_table()
+    for given, columns in (
+        *((rows, columns) for columns in (script.COSTS, script.TIMES)),
+        (states, script.STATES),
+    ):
+        assert script.markdown(given, columns) in printed
+        assert script.markdown(given, columns) in page
 
 
 LOOP = """

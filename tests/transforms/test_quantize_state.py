@@ -108,7 +108,7 @@ def test_the_first_update_is_that_of_fp32(dtype, rng):
     if dtype == "int8":
         kept = reference.LEVELS[kept.astype(int) + 127]
         kept = kept * np.repeat(
-            np.asarray(state.scales["gradient_average"]["vector"]), 65
+            np.asarray(state.scales["gradient_average_scales"]["vector"]), 65
         )
         _, _, expected = reference.rounded(average)
         np.testing.assert_allclose(kept, expected, rtol=1e-6)
@@ -167,7 +167,7 @@ def test_every_part_of_the_state_is_found_by_the_parameters():
     tx = fo.quantize_state(optax.trace(DECAY), {"trace": "int8"})
     names = {name: name for name in params}
     found = optax.tree.map_params(tx, lambda _, name: name, tx.init(params), names)
-    assert found.scales == {"trace": names}
+    assert found.scales == {"trace_scales": names}
     assert found.inner_state.trace == names
 
 

@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 # A model that any machine runs in a moment, to try the script on.
 SMALL = dit.DiTConfig(
-    input_size=4, hidden_size=128, depth=2, num_heads=2, num_classes=10
+    input_size=4, hidden_size=32, depth=2, num_heads=2, num_classes=10
 )
 # What takes longest to compile comes last.
 STEPS = (

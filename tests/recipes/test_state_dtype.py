@@ -71,10 +71,8 @@ def test_bytes_of_a_parameter(param_dtype):
 
 def test_both_iterates_stay_exact(runs):
     for dtype in DTYPES:
-        state = runs[dtype][1].inner_state
-        assert {leaf.dtype for leaf in jax.tree.leaves(state.z)} == {
-            jnp.dtype(jnp.float32)
-        }
+        z = optax.tree.get(runs[dtype][1], "z")
+        assert {leaf.dtype for leaf in jax.tree.leaves(z)} == {jnp.dtype(jnp.float32)}
     kept = optax.tree.get(runs["int8"][1], "trace")["kernel"]
     assert kept.dtype == jnp.int8
     for dtype in ("bf16", "int8"):

@@ -108,6 +108,7 @@ ALL = (
     _direction(
         "quantize_state",
         lambda routing: fo.quantize_state(_momentum(), {"gradient_average": "int8"}),
+        exhaustive=True,
     ),
     _direction("cautious", lambda routing: fo.cautious(_momentum())),
     _direction(

@@ -205,6 +205,64 @@ def test_a_stack_crosses_once_each_way(composition, layout, kind):
     assert _hlo.exchanges(step.as_text()) == EXCHANGES[layout]
 
 
+FEW_BITS = [
+    pytest.param(
+        *(layout, kind),
+        marks=[]
+        if (layout, kind) == ("columns", AxisType.Auto)
+        else pytest.mark.exhaustive,
+    )
+    for layout in EXCHANGES
+    for kind in (AxisType.Auto, AxisType.Explicit)
+]
+
+
+@pytest.mark.parametrize(("layout", "kind"), FEW_BITS, ids=str)
+def test_a_momentum_in_few_bits_crosses_nothing(layout, kind):
+    """Nor does it move: blocks and their scales lie as the parameters do."""
+    tx = fo.fusion_opt(
+        1e-2, routing=fo.Routing(stacked=("layers",), min_dim=8), state_dtype="int8"
+    )
+    params = {"layers": placing(layout, kind)(jnp.ones((8, 8, 1024)))}
+    step, state = compiled(tx, params)
+    assert _hlo.exchanges(step.as_text()) == EXCHANGES[layout]
+    codes = optax.tree.get(state, "trace")["layers"]
+    scales = optax.tree.get(state, "trace_scales")["layers"]
+    assert (codes.dtype, scales.shape) == (jnp.int8, (8, 8, 8))
+    share = 1 if layout == "replicated" else 8
+    for array in (codes, scales):
+        assert array.sharding.is_equivalent_to(params["layers"].sharding, 3)
+        assert array.addressable_shards[0].data.size * share == array.size
+    after = jax.block_until_ready(step(params, state, params))
+    assert not moved(after, (params, state))
+    # Without a compiled `init` too.
+    for array, own in zip(
+        jax.tree.leaves(tx.init(params)), jax.tree.leaves(state), strict=True
+    ):
+        assert array.sharding.is_equivalent_to(own.sharding, array.ndim)
+
+
+@pytest.mark.parametrize(("layout", "kind"), FEW_BITS, ids=str)
+def test_devices_round_alike(layout, kind):
+    """Bit for bit, since chance and scale depend on the entries and places alone."""
+    rng = np.random.default_rng(5)
+    history = rng.normal(size=(3, 8, 16, 1024)).astype(np.float32)
+
+    def run(place):
+        tx = fo.quantize_state(optax.scale_by_adam(), {"mu": "int8", "nu": "bf16"})
+        state = tx.init({"w": place(jnp.zeros(history.shape[1:]))})
+        update = jax.jit(tx.update)
+        for gradients in history:
+            _, state = jax.block_until_ready(update({"w": place(gradients)}, state))
+        return state
+
+    alone, spread = run(jnp.asarray), run(placing(layout, kind))
+    for ours, theirs in zip(
+        jax.tree.leaves(spread), jax.tree.leaves(alone), strict=True
+    ):
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+
+
 def test_collectives_in_loops_are_found():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     rows = jax.device_put(jnp.ones((8, 8)), NamedSharding(mesh, P("x", None)))

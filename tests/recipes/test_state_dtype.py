@@ -132,6 +132,7 @@ def numbers(state, name):
     return scale * reference.LEVELS[kept.astype(int) + 127]
 
 
+@pytest.mark.exhaustive
 def test_components_come_and_go_in_few_bits(runs, rng):
     """Then there are two states in few bits where there was one."""
     params, state = runs["int8"]
@@ -149,7 +150,10 @@ def test_components_come_and_go_in_few_bits(runs, rng):
     ("old", "new", "match"),
     [
         ("fp32", "int8", "no state of scalar/QuantizedState, spectral/QuantizedState"),
-        ("int8", "fp32", "nothing takes that of scalar/QuantizedState"),
+        pytest.param(
+            *("int8", "fp32", "nothing takes that of scalar/QuantizedState"),
+            marks=pytest.mark.exhaustive,
+        ),
         ("bf16", "int8", r"saved as bfloat16\[8, 256\], wanted as int8\[8, 256\]"),
     ],
 )

@@ -1,6 +1,6 @@
 """Sums over all leaves of a tree, in fp32."""
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import jax
@@ -9,29 +9,33 @@ import jax.numpy as jnp
 from fusionopt_jax._leaves import widened
 from fusionopt_jax._types import Array, Scalar
 
+# How many entries a leaf may have whose copy costs less than a program for it alone.
+_SMALL = 2**14
+
 
 def l2_norm(tree: Any) -> Scalar:
     r"""The Euclidean norm of all entries, :math:`\sqrt{\sum x^2}`.
 
     Where the sum of squares leaves the range of fp32, which entries above 1e19 or below
-    1e-19 do to it, it is taken again of entries divided by the largest.
+    1e-19 do to it, it is taken again of entries brought into the middle of it.
     """
     leaves = jax.tree.leaves(tree)
     if not leaves:
         return jnp.zeros([], jnp.float32)
+    leaves = _with_small_ones_joined(leaves)
     squares = total(jnp.sum(_squares(widened(x))) for x in leaves)
 
     def scaled() -> Scalar:
-        # Nothing of the size of a leaf is used twice, or shared by two leaves: it would
-        # be stored.
-        sizes = [jnp.max(jnp.abs(x), initial=0).astype(jnp.float32) for x in leaves]
-        largest = _unit(jnp.max(jnp.stack(sizes)), 1.0)
-        units = [_unit(size, largest) for size in sizes]
-        squares = total(
-            jnp.square(unit / largest) * jnp.sum(_squares(widened(x) / unit))
+        # Entries above 2^64 get below 2^32 and those below 2^-63 above 2^-30, the
+        # smallest there are; by a power of two, which rounds nothing.
+        unit = jnp.where(squares < 1, 2.0**96, 2.0**-96)
+        # One for each, since what two leaves share in their size would be stored.
+        units = [jax.lax.optimization_barrier(unit) for _ in leaves]
+        sums = [
+            jnp.sum(_squares(widened(x) * unit))
             for x, unit in zip(leaves, units, strict=True)
-        )
-        return largest * jnp.sqrt(squares)
+        ]
+        return jnp.sqrt(total(sums)) / unit
 
     # A second look at the whole tree, for which few steps have a reason.
     in_range = (squares > jnp.finfo(jnp.float32).tiny) & jnp.isfinite(squares)
@@ -63,9 +67,14 @@ def total(terms: Iterable[Array]) -> Scalar:
     return sum(terms, start=jnp.zeros([], jnp.float32))
 
 
-def _unit(size: Scalar, other: Scalar | float) -> Scalar:
-    """A size to divide by, or another where it can't be divided by."""
-    return jnp.where((size > 0) & jnp.isfinite(size), size, other)
+def _with_small_ones_joined(leaves: list[Any]) -> list[Any]:
+    """Leaves of which the small ones of one kind are one: a sum is many operations."""
+    kinds: dict[Hashable, list[Any]] = {}
+    for place, leaf in enumerate(leaves):
+        # What lies in different ways on a mesh of devices isn't joined.
+        kind = (leaf.shape, leaf.dtype, jax.typeof(leaf).sharding)
+        kinds.setdefault(kind if leaf.size <= _SMALL else place, []).append(leaf)
+    return [jnp.stack(kind) if len(kind) > 1 else kind[0] for kind in kinds.values()]
 
 
 def _squares(leaf: Array) -> Array:

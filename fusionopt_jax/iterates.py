@@ -6,7 +6,7 @@ kept or recovered from :math:`y_t = (1-\beta)\,z_t + \beta\,x_t`.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -71,19 +71,35 @@ _SMALL_TREE = 2**20
 
 
 def sample_of(
-    y: list[Array], z: list[Array], steps: list[Array] | None = None
+    y: Float[Array, " leaves"],
+    z: Float[Array, " leaves"],
+    steps: Float[Array, " leaves"] | None = None,
 ) -> Float[Array, "3 leaves"]:
     """Entries of y after an update, their sizes, and those of z, in fp32.
 
     The sum is taken in the dtype of the parameters, as `optax.apply_updates` takes it.
     """
-    sums, sizes = y, [jnp.abs(entry) for entry in y]
+    sums, sizes = y, jnp.abs(y)
     if steps is not None:
-        pairs = list(zip(y, steps, strict=True))
-        sums = [(entry + u).astype(entry.dtype) for entry, u in pairs]
-        sizes = [jnp.abs(entry) + jnp.abs(u) for entry, u in pairs]
-    wide = [entry.astype(jnp.float32) for entry in (*sums, *sizes, *z)]
-    return jnp.reshape(jnp.stack(wide), (3, -1)) if wide else jnp.zeros((3, 0))
+        sums = (y + steps).astype(y.dtype)
+        sizes = sizes + jnp.abs(steps)
+    return jnp.stack([row.astype(jnp.float32) for row in (sums, sizes, z)])
+
+
+def of_entries(
+    function: Callable[..., Float[Array, "3 leaves"]], *entries: list[Array]
+) -> Float[Array, "3 leaves"]:
+    """`function` of lists of entries, those of the same dtypes at once as vectors."""
+    kinds = [tuple(one.dtype for one in leaf) for leaf in zip(*entries, strict=True)]
+    results, places = [jnp.zeros((3, 0), jnp.float32)], []
+    for kind in dict.fromkeys(kinds):
+        at = [place for place, other in enumerate(kinds) if other == kind]
+        vectors = [jnp.stack([column[place] for place in at]) for column in entries]
+        results.append(function(*vectors))
+        places += at
+    if len(results) <= 2:
+        return results[-1]
+    return jnp.concatenate(results, axis=1)[:, np.argsort(places)]
 
 
 def middles(tree: Params) -> list[Array]:
@@ -126,7 +142,7 @@ def check_current(state: ScheduleFreeState, params: Params, name: str) -> None:
     if any(isinstance(leaf, Tracer) for leaf in (sample, *leaves)):
         return
     entries = middles(params)
-    y, size, _ = np.asarray(sample_of(entries, entries))
+    y, size, _ = np.asarray(of_entries(sample_of, entries, entries))
     expected, expected_size, _ = np.asarray(sample)
     # A few roundings: a compiled step may leave out one, or add a product in one go.
     looked_at = _sampled(leaves)

@@ -147,6 +147,58 @@ def test_matrices_are_replaced_where_they_lie(name):
         assert growth(tx) <= matrix + numbers
 
 
+@pytest.mark.skipif(
+    jax.default_backend() != "cpu", reason="elsewhere one kernel writes both iterates"
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_schedule_free_writes_each_iterate_where_it_was_read(dtype):
+    """No copy of a leaf, no temporary array, the fewest passes without one."""
+    shape = (1024, 1040)  # Too large for an entry of it to be looked at.
+    params = {
+        "kernel": jax.ShapeDtypeStruct(shape, dtype),
+        "bias": jax.ShapeDtypeStruct((8,), dtype),
+    }
+    inner = optax.chain(
+        optax.scale_by_rms(0.99, bias_correction=True), optax.add_decayed_weights(0.01)
+    )
+    program = compiled(fo.schedule_free(inner, 1e-3), params)
+    text = program.as_text()
+    entry = text[text.index("\nENTRY") :]
+    assert re.findall(rf"\[{shape[0]},{shape[1]}\]\S* copy\(", entry) == []
+    # Entries of the bias, and scalars.
+    assert program.memory_analysis().temp_size_in_bytes <= 4096
+    if dtype == jnp.float32:
+        # Of nu: 2 reads, 1 write; of y: y, z, g and nu, 1 write; of z: z, g, nu, 1.
+        passes = program.cost_analysis()["bytes accessed"] / (4 * size(params))
+        assert passes <= 12.01
+
+
+def test_accelerators_get_the_program_as_it_is_written():
+    """What keeps CPUs from a copy would keep a GPU from writing both at once."""
+    params = parameters(2)
+    optimizer = fo.fusion_opt(1e-3, routing=ROUTING, components={"sf"})
+    state = jax.eval_shape(optimizer.init, params)
+    step = jax.jit(lambda *args: optimizer.update(*args, value=jnp.float32(1)))
+    traced = step.trace(params, state, params)
+    for platform, barriers in (("cpu", 5), ("cuda", 0), ("tpu", 0)):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert text.count("stablehlo.optimization_barrier") == barriers
+
+
+def test_small_leaves_of_one_shape_need_one_program():
+    """Neither the norm nor `normuon` has more reductions for more such leaves."""
+
+    def reductions(count):
+        norms = jax.jit(_trees.l2_norm).lower([jnp.ones(384)] * count).as_text()
+        matrices = {f"{i}": jnp.ones((32, 48)) for i in range(count)}
+        tx = fo.normuon()
+        step = jax.jit(tx.update).lower(matrices, tx.init(matrices)).as_text()
+        # One for each matrix: the mean squares of its neurons.
+        return norms.count("stablehlo.reduce("), step.count("stablehlo.reduce(") - count
+
+    assert reductions(3) == reductions(6)
+
+
 def test_schedule_free_needs_no_more_than_one_copy_of_the_parameters():
     params = {"kernel": jax.ShapeDtypeStruct((512, 512), jnp.float32)}
     tx = fo.schedule_free(optax.scale_by_rms(0.99), 1e-3)

@@ -6,9 +6,12 @@ r"""Neuron-wise normalisation of an orthogonalised update, the second half of No
     U_t = \hat O_t\,\|O_t\|_F / \|\hat O_t\|_F .
 """
 
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from fusionopt_jax._checks import check_decay_rate, check_non_negative, renamed
@@ -94,12 +97,10 @@ def normuon(
             )
         )
 
-    def normalise(
-        O: Stack,  # noqa: E741
-        v: Float[Array, "b out"],
-    ) -> tuple[Stack, Float[Array, "b out"]]:
-        """One stack's update and its new second moment."""
-        square = _mean_square(O)
+    def factors(
+        square: Float[Array, "b out"], v: Float[Array, "b out"]
+    ) -> tuple[Float[Array, "b out"], Float[Array, "b out"]]:
+        """What each neuron is multiplied by, and the new second moments."""
         v = b2 * v + (1 - b2) * square
         root = jnp.sqrt(v) + eps
         factor = 1 / jnp.where(root > 0, root, 1)
@@ -108,20 +109,51 @@ def normuon(
             before = jnp.sum(square, axis=1, keepdims=True)
             after = jnp.sum(square * factor**2, axis=1, keepdims=True)
             factor *= jnp.sqrt(before / jnp.where(after > 0, after, 1))
+        return factor, v
+
+    def normalise(
+        O: Stack,  # noqa: E741
+        factor: Float[Array, "b out"],
+    ) -> tuple[Stack, Float[Array, "b out"]]:
         U = O.astype(jnp.float32) * factor[:, None, :]
-        return U.astype(O.dtype), v
+        return U.astype(O.dtype), factor
 
     def update_fn(
         updates: Any, state: NorMuonState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, NorMuonState]:
         del params, extra_args
         views = matrix_views(updates, routing, "normuon")
-        updates, second_moment = map_leaves(
-            normalise, views, written=[updates], states=[state.second_moment]
+        (square,) = map_leaves(
+            lambda _, O: (_mean_square(O),),  # noqa: E741
+            views,
+            states=[state.second_moment],
+            read=[updates],
         )
+        # The vectors of all matrices with as many outputs at once.
+        factor, second_moment = _joined(factors, square, state.second_moment)
+        updates, _ = map_leaves(normalise, views, written=[updates], states=[factor])
         return updates, NorMuonState(second_moment)
 
     return transformation(init_fn, update_fn)
+
+
+def _joined(function: Callable[..., tuple[Array, ...]], *trees: Any) -> list[Any]:
+    """`function` of arrays `(b, n)`, those of one `n` joined: fewer operations."""
+    structure = jax.tree.structure(trees[0])
+    columns = [jax.tree.leaves(tree) for tree in trees]
+    kinds: dict[Hashable, list[int]] = {}
+    for place, leaf in enumerate(columns[0]):
+        # What lies in different ways on a mesh of devices isn't joined.
+        kind = (leaf.shape[1:], jax.typeof(leaf).sharding)
+        kinds.setdefault(kind, []).append(place)
+    parts: dict[int, tuple[Array, ...]] = {}
+    for places in kinds.values():
+        ends = np.cumsum([columns[0][place].shape[0] for place in places])[:-1]
+        whole = [jnp.concatenate([column[i] for i in places]) for column in columns]
+        split = [jnp.split(result, ends) for result in function(*whole)]
+        parts |= dict(zip(places, zip(*split, strict=True), strict=True))
+    results = zip(*(parts[place] for place in sorted(parts)), strict=True)
+    return [jax.tree.unflatten(structure, result) for result in results]
 
 
 def _mean_square(stack: Array) -> Float[Array, "b out"]:

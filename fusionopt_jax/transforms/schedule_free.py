@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from fusionopt_jax._checks import (
     check_choice,
@@ -23,9 +24,17 @@ from fusionopt_jax._checks import (
 )
 from fusionopt_jax._direction import check_direction, check_direction_on
 from fusionopt_jax._leaves import check_leaves, copied, wide_dtype, widened
+from fusionopt_jax._matrices.placement import device_count
 from fusionopt_jax._optax import TransformLike, accepting_extra_args, transformation
+from fusionopt_jax._rematerialised import Origin, afterwards, with_origins
 from fusionopt_jax._types import Array, Count, Number, Params, Scalar, ScalarOrSchedule
-from fusionopt_jax.iterates import ScheduleFreeState, average_of, middles, sample_of
+from fusionopt_jax.iterates import (
+    ScheduleFreeState,
+    average_of,
+    middles,
+    of_entries,
+    sample_of,
+)
 
 InnerParams: TypeAlias = Literal["fast", "gradient", "average"]
 
@@ -181,7 +190,7 @@ def schedule_free(
             b1=interpolation(jnp.zeros([], jnp.int32)),
             weight_sum=jnp.zeros([], jnp.float32),
             max_learning_rate=jnp.zeros([], jnp.float32),
-            y_sample=sample_of(middles(params), middles(z)),
+            y_sample=of_entries(sample_of, middles(params), middles(z)),
             z=z,
             x=x,
             inner_state=inner_tx.init(params),
@@ -203,9 +212,22 @@ def schedule_free(
         check_leaves("schedule_free", updates, complex_too=True)
         x = average_of(state, params)
         seen = {"fast": state.z, "gradient": params, "average": x}[inner_params]
-        direction, inner_state = inner_tx.update(
-            updates, state.inner_state, seen, **extra_args
+
+        def directed(updates: Any, inner_state: Any, seen: Params) -> tuple[Any, Any]:
+            return inner_tx.update(updates, inner_state, seen, **extra_args)
+
+        handed = (updates, state.inner_state, seen)
+        # An entry of an array on several devices is an exchange between them.
+        leaves = jax.tree.leaves(handed)
+        again = (
+            inner_params == "fast"
+            and any(isinstance(leaf, Tracer) for leaf in leaves)
+            and device_count(*jax.tree.leaves(params)) == 1
         )
+        if again:
+            (direction, inner_state), origins = with_origins(directed, *handed)
+        else:
+            (direction, inner_state), origins = directed(*handed), None
 
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         gamma = jnp.asarray(rate, jnp.float32) * jnp.asarray(step_size, jnp.float32)
@@ -213,7 +235,7 @@ def schedule_free(
         weight_sum, c = _averaging(state, largest)
         beta = interpolation(state.count)
 
-        def fast(z: Array, u: Array) -> Array:
+        def fast(z: Array, u: Array, gamma: Scalar = gamma) -> Array:
             # Selected, since zero times NaN is NaN, and a step size of zero no step.
             return jnp.where(gamma == 0, z, z - gamma * widened(u)).astype(z.dtype)
 
@@ -224,6 +246,22 @@ def schedule_free(
             y_next = z_next + beta * (x_next - z_next)
             return (y_next - y.astype(z_next.dtype)).astype(y.dtype)
 
+        def replacing(
+            y: Array, z: Array, x: Array, update: Array, origin: Origin
+        ) -> tuple[Array, Array]:
+            """The next z and x, each computed when what it replaces was last read."""
+            # The parameters, as `optax.apply_updates` makes them.
+            written = (y + update).astype(y.dtype)
+            rate, (last_z, last_x, *made_of) = afterwards(
+                written, gamma, z, x, *origin.arrays
+            )
+            z_next = fast(last_z, origin.again(*made_of), rate)
+            x_next = average(last_x, z_next)
+            if state.x is not None:
+                rate, (last_z, *made_of) = afterwards(x_next, gamma, z, *origin.arrays)
+                z_next = fast(last_z, origin.again(*made_of), rate)
+            return z_next, x_next
+
         def next_sample(
             state: ScheduleFreeState, params: Params, z_next: Params, x_next: Params
         ) -> Array:
@@ -231,18 +269,29 @@ def schedule_free(
             # Cut out of what is stored anyway: the updates, the average that is
             # recovered and the last z would have to be stored for it, which are else
             # used up as they are made.
-            y, z = middles(params), middles(z_next)
-            if state.x is None:
-                last = [entry.astype(z[0].dtype) for entry in state.y_sample[2]]
-                known = state._replace(z=last)
-                x = list(map(average, average_of(known, y), z))
-            else:
-                x = middles(x_next)
-            return sample_of(y, z, list(map(step, y, z, x)))
+            last = list(state.y_sample[2]) if state.x is None else middles(x_next)
+
+            def sample(y: Array, z: Array, last: Array) -> Array:
+                if state.x is None:
+                    known = state._replace(z=last.astype(z.dtype))
+                    last = average(average_of(known, y), z)
+                return sample_of(y, z, step(y, z, last))
+
+            return of_entries(sample, middles(params), middles(z_next), last)
 
         z_next = jax.tree.map(fast, state.z, direction)
         x_next = jax.tree.map(average, x, z_next)
-        return jax.tree.map(step, params, z_next, x_next), ScheduleFreeState(
+        steps = jax.tree.map(step, params, z_next, x_next)
+        if origins is not None:
+            tree = jax.tree.structure(params)
+            known = zip(*map(jax.tree.leaves, (params, state.z, x, steps)), strict=True)
+            pairs = [
+                replacing(*leaf, origin)
+                for leaf, origin in zip(known, origins, strict=True)
+            ]
+            z_next = tree.unflatten([z for z, _ in pairs])
+            x_next = tree.unflatten([x for _, x in pairs])
+        return steps, ScheduleFreeState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             b1=beta,
             weight_sum=weight_sum,

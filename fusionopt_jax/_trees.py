@@ -17,7 +17,7 @@ def l2_norm(tree: Any) -> Scalar:
     r"""The Euclidean norm of all entries, :math:`\sqrt{\sum x^2}`.
 
     Where the sum of squares leaves the range of fp32, which entries above 1e19 or below
-    1e-19 do to it, it is taken again of entries brought into the middle of it.
+    1e-19 do to it, it is taken again of entries divided by the largest.
     """
     leaves = jax.tree.leaves(tree)
     if not leaves:
@@ -26,16 +26,16 @@ def l2_norm(tree: Any) -> Scalar:
     squares = total(jnp.sum(_squares(widened(x))) for x in leaves)
 
     def scaled() -> Scalar:
-        # Entries above 2^64 get below 2^32 and those below 2^-63 above 2^-30, the
-        # smallest there are; by a power of two, which rounds nothing.
-        unit = jnp.where(squares < 1, 2.0**96, 2.0**-96)
-        # One for each, since what two leaves share in their size would be stored.
-        units = [jax.lax.optimization_barrier(unit) for _ in leaves]
-        sums = [
-            jnp.sum(_squares(widened(x) * unit))
+        # Nothing of the size of a leaf is used twice, or shared by two leaves: it would
+        # be stored.
+        sizes = [jnp.max(jnp.abs(x), initial=0).astype(jnp.float32) for x in leaves]
+        largest = _unit(jnp.max(jnp.stack(sizes)), 1.0)
+        units = [_unit(size, largest) for size in sizes]
+        squares = total(
+            jnp.square(unit / largest) * jnp.sum(_squares(widened(x) / unit))
             for x, unit in zip(leaves, units, strict=True)
-        ]
-        return jnp.sqrt(total(sums)) / unit
+        )
+        return largest * jnp.sqrt(squares)
 
     # A second look at the whole tree, for which few steps have a reason.
     in_range = (squares > jnp.finfo(jnp.float32).tiny) & jnp.isfinite(squares)
@@ -75,6 +75,11 @@ def _with_small_ones_joined(leaves: list[Any]) -> list[Any]:
         kind = (leaf.shape, leaf.dtype, jax.typeof(leaf).sharding)
         kinds.setdefault(kind if leaf.size <= _SMALL else place, []).append(leaf)
     return [jnp.stack(kind) if len(kind) > 1 else kind[0] for kind in kinds.values()]
+
+
+def _unit(size: Scalar, other: Scalar | float) -> Scalar:
+    """A size to divide by, or another where it can't be divided by."""
+    return jnp.where((size > 0) & jnp.isfinite(size), size, other)
 
 
 def _squares(leaf: Array) -> Array:

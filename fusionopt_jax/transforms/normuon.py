@@ -138,9 +138,11 @@ def normuon(
 
 
 def _joined(function: Callable[..., tuple[Array, ...]], *trees: Any) -> list[Any]:
-    """`function` of arrays `(b, n)`, those of one `n` joined: fewer operations."""
+    """`function` of arrays `(b, n)`, as many as it returns, those of one `n` joined."""
     structure = jax.tree.structure(trees[0])
     columns = [jax.tree.leaves(tree) for tree in trees]
+    if not columns[0]:
+        return list(trees)
     kinds: dict[Hashable, list[int]] = {}
     for place, leaf in enumerate(columns[0]):
         # What lies in different ways on a mesh of devices isn't joined.

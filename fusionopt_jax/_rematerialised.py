@@ -99,7 +99,7 @@ def _part(jaxpr: Jaxpr, made: dict[Var, int], result: Var | Literal) -> Jaxpr:
         if isinstance(var, Literal) or var in inputs:
             continue
         number = made.get(var)
-        if number is None or not _entrywise(jaxpr.eqns[number], result.aval.shape):
+        if number is None or not _entrywise(jaxpr.eqns[number], result.aval):
             inputs[var] = None
         elif number not in numbers:
             numbers.add(number)
@@ -113,14 +113,15 @@ def _part(jaxpr: Jaxpr, made: dict[Var, int], result: Var | Literal) -> Jaxpr:
     )
 
 
-def _entrywise(equation: JaxprEqn, shape: tuple[int, ...]) -> bool:
+def _entrywise(equation: JaxprEqn, like: Any) -> bool:
     """Whether an equation makes arrays of a shape by operations on their entries."""
     inner = equation.params.get("jaxpr")
     if isinstance(inner, ClosedJaxpr):
         names: Iterable[str] = (one.primitive.name for one in inner.jaxpr.eqns)
     else:
         names = (equation.primitive.name,)
-    return all(var.aval.shape == shape for var in equation.outvars) and all(
+    made: list[Any] = [var.aval for var in equation.outvars]
+    return all(array.shape == like.shape for array in made) and all(
         name in _ENTRYWISE.split() for name in names
     )
 
@@ -133,8 +134,8 @@ def afterwards(
     What is computed of them there is computed by itself, even if it has been before,
     and if it depends on the scalar, not until `written` is.
     """
-    scalar, *arrays = _afterwards_p.bind(written, scalar, *arrays)
-    return scalar, list(arrays)
+    later, *others = _afterwards_p.bind(written, scalar, *arrays)
+    return later, others
 
 
 def _on_cpu(written: Array, scalar: Array, *arrays: Array) -> list[Array]:

@@ -284,11 +284,8 @@ def schedule_free(
         steps = jax.tree.map(step, params, z_next, x_next)
         if origins is not None:
             tree = jax.tree.structure(params)
-            known = zip(*map(jax.tree.leaves, (params, state.z, x, steps)), strict=True)
-            pairs = [
-                replacing(*leaf, origin)
-                for leaf, origin in zip(known, origins, strict=True)
-            ]
+            columns = map(jax.tree.leaves, (params, state.z, x, steps))
+            pairs = list(map(replacing, *columns, origins))
             z_next = tree.unflatten([z for z, _ in pairs])
             x_next = tree.unflatten([x for _, x in pairs])
         return steps, ScheduleFreeState(

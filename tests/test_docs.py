@@ -22,7 +22,7 @@ LONG = {
     "docs/porting.md",
 }
 """Pages whose programs compile for seconds, which are left to the exhaustive run."""
-FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+FENCE = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 PROGRAMS = {"python", "{testsetup}", "{testcode}"}
 # What is no program of Python: commands, output (Sphinx's doctest builder compares that
 # of a page), and Sphinx's own directives.

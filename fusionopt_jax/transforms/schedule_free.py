@@ -252,15 +252,14 @@ def schedule_free(
             """The next z and x, each computed when what it replaces was last read."""
             # The parameters, as `optax.apply_updates` makes them.
             written = (y + update).astype(y.dtype)
-            rate, (last_z, last_x, *made_of) = afterwards(
-                written, gamma, z, x, *origin.arrays
-            )
-            z_next = fast(last_z, origin.again(*made_of), rate)
-            x_next = average(last_x, z_next)
             if state.x is not None:
-                rate, (last_z, *made_of) = afterwards(x_next, gamma, z, *origin.arrays)
-                z_next = fast(last_z, origin.again(*made_of), rate)
-            return z_next, x_next
+                rate, (last_z, last_x, *made_of) = afterwards(
+                    written, gamma, z, x, *origin.arrays
+                )
+                x = average(last_x, fast(last_z, origin.again(*made_of), rate))
+                written = x
+            rate, (last_z, *made_of) = afterwards(written, gamma, z, *origin.arrays)
+            return fast(last_z, origin.again(*made_of), rate), x
 
         def next_sample(
             state: ScheduleFreeState, params: Params, z_next: Params, x_next: Params

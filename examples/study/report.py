@@ -1,8 +1,8 @@
-"""Fill the tables of docs/results.md from the files of the runs, and draw the plots.
+"""Fill the tables of the documentation from the files of the runs, and draw the plots.
 
     python examples/study/report.py
 
-Everything between a pair of marks in the page is replaced; no number is typed by hand.
+Everything between a pair of marks in a page is replaced; no number is typed by hand.
 """
 
 import argparse
@@ -20,10 +20,14 @@ from dit_training.folders import write_whole
 from study import plan, plots, records, summary, workloads
 from study.records import Job, Record
 from study.summary import Estimate, Row
-from study.table import METHODS, PARTS
+from study.table import ADAMW, METHODS, PARTS
 
 HERE = Path(__file__).resolve().parent
-DOCS = HERE.parents[1] / "docs"
+ROOT = HERE.parents[1]
+PAGES = ("docs/results.md", "docs/index.md", "README.md")
+"""What has tables of the study in it."""
+RECIPE = "fixed"
+"""The row that `fusion_opt(8e-3)` is."""
 NOT_RUN = "not run yet"
 UNSETTLED = " †"
 """Marks a row whose decay is still to be climbed."""
@@ -35,16 +39,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(description="Write the study up.")
     parser.add_argument("--results", type=Path, default=HERE / "results")
-    parser.add_argument("--docs", type=Path, default=DOCS)
+    parser.add_argument("--root", type=Path, default=ROOT, help="of the repository")
     given = parser.parse_args(arguments)
     finished = records.read_all(given.results)
-    page = given.docs / "results.md"
-    write_whole(page, filled(page.read_text(), finished))
-    plots.curves(finished, given.docs / "images" / "study_curves.png")
-    plots.rates(finished, given.docs / "images" / "study_rates.png")
-    plots.factors(finished, given.docs / "images" / "study_step_sizes.png")
+    for name in PAGES:
+        page = given.root / name
+        write_whole(page, filled(page.read_text(), finished))
+    images = given.root / "docs" / "images"
+    plots.curves(finished, images / "study_curves.png")
+    plots.rates(finished, images / "study_rates.png")
+    plots.factors(finished, images / "study_step_sizes.png")
     if any(METHODS[job.method].part == "length" for job in finished):
-        plots.shares(finished, given.docs / "images" / "study_lengths.png")
+        plots.shares(finished, images / "study_lengths.png")
     return 0
 
 
@@ -52,6 +58,7 @@ def filled(page: str, finished: Mapping[Job, Record]) -> str:
     """The page with every block between marks made anew."""
     rows = summary.collect(finished)
     blocks: dict[str, Callable[[], str]] = {"state": lambda: state(finished, rows)}
+    blocks["recipe"] = lambda: recipe(rows)
     blocks["ratio"] = lambda: ratio(rows)
     blocks["sizes"] = lambda: sizes(rows)
     blocks["shapes"] = lambda: shapes(rows)
@@ -64,7 +71,7 @@ def filled(page: str, finished: Mapping[Job, Record]) -> str:
     def block(found: re.Match[str]) -> str:
         name = found[1]
         if name not in blocks:
-            raise ValueError(f"results.md: no block {name!r}; there are {list(blocks)}")
+            raise ValueError(f"no block {name!r} is known; there are {list(blocks)}")
         return f"<!-- study: {name} -->\n\n{blocks[name]()}\n\n<!-- end -->"
 
     marks = re.compile(r"<!-- study: ([^>]*?) -->\n.*?<!-- end -->", re.DOTALL)
@@ -202,6 +209,31 @@ def away(rows: Rows) -> str:
             cells.append("; ".join(part for part in found if part))
         command = f"`--only {method.name}`"
         lines.append(f"| {method.title} | {' | '.join(cells)} | {command} |")
+    return "\n".join(lines)
+
+
+def recipe(rows: Rows) -> str:
+    """The default of `fusion_opt` beside baselines that are tuned on each workload."""
+    columns = (
+        *("", "AdamW, cosine, tuned", "NorMuon, cosine, tuned", "`fusion_opt(8e-3)`"),
+        *("of AdamW's steps", "of its time"),
+    )
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for name in workloads.NAMES:
+        own = rows[name, RECIPE]
+        theirs = [rows[name, method] for method in ADAMW if (name, method) in rows]
+        theirs = [row for row in theirs if METHODS[row.method].part == "baselines"]
+        best = min(theirs, key=lambda row: getattr(summary.final(row), "mean", math.inf))
+        shares, cost = summary.shares(own, rows), summary.cost(own, best)
+        cells = (
+            plots.title(name),
+            final_text(best),
+            final_text(rows[name, "normuon"]),
+            final_text(own),
+            share_text(shares) or NOT_RUN,
+            NOT_RUN if cost is None or not shares else time_text(shares, cost),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -637,9 +637,20 @@ def test_the_page_is_filled_from_the_files(finished, tmp_path):
         report.filled("<!-- study: loses -->\n<!-- end -->", {})
 
 
-def test_the_page_is_what_its_files_say():
-    page = (DOCS / "results.md").read_text()
+@pytest.mark.parametrize("name", report.PAGES)
+def test_the_page_is_what_its_files_say(name):
+    page = (DOCS.parent / name).read_text()
+    assert "<!-- study: " in page
     assert report.filled(page, records.read_all(run.RESULTS)) == page
+
+
+def test_the_recipe_beside_the_better_adamw(finished):
+    runs = finish("adamw_rest", 800, lambda job: 1.5, finished)
+    runs = finish("fixed", 800, lambda job: 1.0 + 0.0 * job.seed, runs)
+    shown = report.recipe(summary.collect(runs))
+    # Half-way from 5 to 1 it passes 3, and 1.5 seven eighths of its last half later.
+    assert "| bytes | 1.5000 ± 0.0000 (3) | not run yet | 1.0000 ± 0.0000 (5) |" in shown
+    assert "| 0.94 (0.94 to 0.94) | 0.94 |" in shown
 
 
 def test_the_plots_draw(finished, tmp_path):

@@ -22,7 +22,10 @@ TITLES = {
         for name, (task, weight) in workloads.AWAY.items()
     },
 }
-CURVES = ("adamw", "adamw_rest", "muon", "normuon", "sf_adamw", "sf_normuon", "ratio")
+CURVES = (
+    *("adamw", "adamw_rest", "muon", "normuon", "sf_adamw"),
+    *("sf_normuon", "fixed", "ratio"),
+)
 FACTORS = ("ratio", "plus", "autoscale", "d_adaptation")
 
 

@@ -221,9 +221,13 @@ def recipe(rows: Rows) -> str:
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in workloads.NAMES:
         own = rows[name, RECIPE]
-        theirs = [rows[name, method] for method in ADAMW if (name, method) in rows]
-        theirs = [row for row in theirs if METHODS[row.method].part == "baselines"]
-        best = min(theirs, key=lambda row: getattr(summary.final(row), "mean", math.inf))
+        theirs = [
+            (found.mean, method)
+            for method in ADAMW
+            if METHODS[method].part == "baselines"
+            if (found := summary.final(rows[name, method]))
+        ]
+        best = rows[name, min(theirs)[1] if theirs else "adamw"]
         shares, cost = summary.shares(own, rows), summary.cost(own, best)
         cells = (
             plots.title(name),

@@ -649,9 +649,10 @@ def test_the_recipe_beside_the_better_adamw(finished):
     runs = finish("fixed", 800, lambda job: 1.0 + 0.0 * job.seed, runs)
     lines = report.recipe(summary.collect(runs)).splitlines()
     # From 5 to 1 in the last half of the steps it passes 1.5 at seven eighths of that.
+    # Seeds 4 and 5 have the other AdamW alone, which ends at 2.4 and 2.5.
     assert lines[2] == (
         "| bytes | 1.5000 ± 0.0000 (3) | not run yet | 1.0000 ± 0.0000 (5) "
-        "| 0.94 (0.94 to 0.94) | 0.94 |"
+        "| 0.94 (0.81 to 0.94) | 0.94 |"
     )
     assert lines[3].count("not run yet") == 5
 

@@ -153,8 +153,10 @@ def test_state_keeps_its_types(case, dtype):
 def test_accumulates_in_float32(case):
     params = _cases.parameters(jnp.bfloat16, matrices=case.matrices)
     state, _, _ = traced_step(case, _cases.transformation(case), params)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        if jnp.issubdtype(leaf.dtype, jnp.floating):
+    is_short = lambda node: type(node).__name__ == "QuantizedState"  # noqa: E731
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state, is_leaf=is_short):
+        # What is asked to be kept in few bits is accumulated in fp32 all the same.
+        if not is_short(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating):
             assert leaf.dtype == jnp.float32, jax.tree_util.keystr(path)
 
 

@@ -279,8 +279,8 @@ INJECTED = {
 }
 
 
-# Their only arguments are a transformation and a name.
-NOTHING_TO_INJECT = {"cautious", "measure_gain"}
+# Their only arguments are a transformation and names.
+NOTHING_TO_INJECT = {"cautious", "measure_gain", "quantize_state"}
 
 
 def test_every_transformation_with_settings_is_injected():

@@ -105,11 +105,17 @@ def _agreement(update: Array, gradient: Array) -> Array:
 def _masked(update: Array, agrees: Array) -> Array:
     """The agreeing entries, scaled to the norm of all of them."""
     full = update.astype(jnp.float32)
-    part = jnp.where(agrees, full, 0)
-    # Scaled down first, so that no square leaves the range of fp32.
-    largest = jnp.max(jnp.abs(full), initial=0)
-    unit = jnp.where(largest > 0, largest, 1)
-    norm = jnp.sqrt(jnp.sum(jnp.square(full / unit)))
-    part_norm = jnp.sqrt(jnp.sum(jnp.square(part / unit)))
+    _, unit, norm = _in_units(full)
+    part, _, part_norm = _in_units(jnp.where(agrees, full, 0))
     scale = jnp.where(part_norm > 0, norm / jnp.where(part_norm > 0, part_norm, 1), 0)
-    return (part * scale).astype(update.dtype)
+    return (part * scale * unit).astype(update.dtype)
+
+
+def _in_units(x: Array) -> tuple[Array, Array, Array]:
+    """An array over its largest entry, that entry, and the norm of the quotient.
+
+    So that no square leaves the range of fp32, however far apart two arrays are.
+    """
+    largest = jnp.max(jnp.abs(x), initial=0)
+    unit = jnp.where(largest > 0, largest, 1)
+    return x / unit, unit, jnp.sqrt(jnp.sum(jnp.square(x / unit)))

@@ -34,6 +34,13 @@ def test_follows_the_equation_around_momentum(rng):
         np.testing.assert_allclose(state.kept, kept, rtol=1e-6)
 
 
+def test_a_small_rest_is_as_long_as_the_whole():
+    update, gradient = jnp.array([3.0, -4.0, 2e-30]), jnp.array([-1.0, 1.0, 1.0])
+    tx = fo.cautious(optax.stateless(lambda *_: {"w": update}))
+    ours, _ = tx.update({"w": gradient}, tx.init({"w": jnp.zeros(3)}))
+    np.testing.assert_allclose(ours["w"], [0, 0, 5], rtol=1e-6)
+
+
 FINITE = st.floats(-1e3, 1e3, width=32)
 
 

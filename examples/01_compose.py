@@ -41,7 +41,7 @@ def by_hand(routing, spectral_momentum):
         spectral_momentum,
         fo.ns5(routing=routing, coefficients="polar_express", scale="rms", eps=1e-12),
         fo.normuon(routing=routing),
-        optax.add_decayed_weights(0.05),
+        optax.add_decayed_weights(0.2),
     )
     groups = optax.multi_transform(
         {"spectral": spectral, "scalar": optax.scale_by_adam(b1=0.9, b2=0.99)},

@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 PAGES = ("docs/results.md", "docs/index.md", "README.md")
 """What has tables of the study in it."""
-RECIPE = "fixed"
+RECIPE = "fixed_0.2"
 """The row that `fusion_opt(8e-3)` is."""
 NOT_RUN = "not run yet"
 UNSETTLED = " †"

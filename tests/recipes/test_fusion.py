@@ -172,7 +172,7 @@ def by_hand(sf=True, polyak=True, **orthogonaliser):
             **orthogonaliser,
         ),
         fo.normuon(routing=ROUTING),
-        optax.add_decayed_weights(0.05),
+        optax.add_decayed_weights(0.2),
     )
     groups = optax.multi_transform(
         {"spectral": spectral, "scalar": optax.scale_by_adam(b1=0.9, b2=0.99)},

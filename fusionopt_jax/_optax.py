@@ -18,7 +18,20 @@ class MakesStacks(optax.GradientTransformationExtraArgs):
 
     Its `update` has an argument `then`: a function of what it makes of a stack, before
     that goes back into its leaf.
+
+    Attributes:
+        bucketing: How it goes through its stacks.
     """
+
+    bucketing: str
+
+    def __new__(
+        cls, tx: optax.GradientTransformationExtraArgs, bucketing: str
+    ) -> "MakesStacks":
+        """`tx`, with how it goes through its stacks."""
+        made = super().__new__(cls, tx.init, tx.update)
+        made.bucketing = bucketing
+        return made
 
 
 class OfStacks(optax.GradientTransformationExtraArgs):
@@ -29,20 +42,23 @@ class OfStacks(optax.GradientTransformationExtraArgs):
             compiled for, to a stack: each matrix by itself, and a transposed matrix to
             the transposed result.
         finish: From the leaves that this made, and the state, to what `update` returns.
+        bucketing: How it goes through stacks by itself.
     """
 
     on_stacks: Callable[..., Any]
     finish: Callable[[Any, Any], tuple[Any, Any]]
+    bucketing: str
 
     def __new__(
         cls,
         tx: optax.GradientTransformationExtraArgs,
         on_stacks: Callable[..., Any],
         finish: Callable[[Any, Any], tuple[Any, Any]],
+        bucketing: str,
     ) -> "OfStacks":
         """`tx`, with what it is made of."""
         made = super().__new__(cls, tx.init, tx.update)
-        made.on_stacks, made.finish = on_stacks, finish
+        made.on_stacks, made.finish, made.bucketing = on_stacks, finish, bucketing
         return made
 
 
@@ -51,11 +67,14 @@ def chained(
 ) -> optax.GradientTransformationExtraArgs:
     """`optax.chain`, in which the second works on the stacks that the first makes.
 
-    Where both can. On a mesh they would otherwise cross between devices once more.
+    Where both can, and go through them in one way. On a mesh they would otherwise cross
+    between devices once more.
     """
     chain = optax.chain(first, *rest)
     second = rest[0] if rest else None
     if not (isinstance(first, MakesStacks) and isinstance(second, OfStacks)):
+        return chain
+    if first.bucketing != second.bucketing:
         return chain
     others = [accepting_extra_args(tx) for tx in rest[1:]]
 

@@ -19,7 +19,7 @@ REFERENCE_STEPS = 400
 
 def trained(workload: Any) -> Any:
     """The reference: the average after some steps of SF-NorMuon, on seed 0."""
-    tx = fo.fusion_opt(8e-3, routing=workload.routing, polyak_rule=None)
+    tx = fo.fusion_opt(8e-3, routing=workload.routing, weight_decay=0.05)
     params = workload.init(0)
     state = tx.init(params)
 

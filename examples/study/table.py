@@ -101,7 +101,7 @@ def _varied(
     return Method(title, build, base=base, **{"decays": (), **changes})
 
 
-# What the docstring of `fusion_opt` recommends, the same everywhere.
+# Tuned to no workload: the same everywhere.
 _FIXED = {"centre": 8e-3, "decays": (0.05,), "climbs": False}
 
 _BASELINES = {

@@ -191,17 +191,16 @@ def kl_shampoo_torch(
                 if using_clamping:
                     bound = max(_LOWEST_BOUND, min(d, _HIGHEST_BOUND))
                     values = jnp.maximum(values, bound**-2)
-                Q = jax.lax.cond(
-                    first,
-                    lambda: ordered(*eigh(S, alone=alone, platforms=platforms)[::-1])[
-                        0
-                    ],
-                    lambda: jax.lax.cond(
-                        due,
-                        lambda: power_step(S, old.Q, _HIGHEST, platforms),
-                        lambda: old.Q,
-                    ),
-                )
+
+                def eigenvectors() -> Array:
+                    values, Q = eigh(S, alone=alone, platforms=platforms)
+                    return ordered(Q, values)[0]
+
+                def tracked() -> Array:
+                    step = lambda: power_step(S, old.Q, _HIGHEST, platforms)  # noqa: E731
+                    return jax.lax.cond(due, step, lambda: old.Q)
+
+                Q = jax.lax.cond(first, eigenvectors, tracked)
                 return Side(new.S, Q, jnp.where(first, old.values, values))
 
             # Bare products at first: as if the other factor were the identity.

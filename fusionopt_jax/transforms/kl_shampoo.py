@@ -324,7 +324,7 @@ def kl_shampoo(
         count = jnp.asarray(optax.safe_increment(state.count))
         return results, KLShampooState._make([count, *trees, inner_state])
 
-    return MakesStacks(*transformation(init_fn, update_fn))
+    return MakesStacks(transformation(init_fn, update_fn), bucketing)
 
 
 def _rotated(

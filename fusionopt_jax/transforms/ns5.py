@@ -235,7 +235,9 @@ def ns5(
 
     tx = transformation(init_fn, update_fn)
     # An audit compares with what the matrices were before.
-    return tx if audit_every is not None else OfStacks(tx, orthogonalise, finish)
+    if audit_every is not None:
+        return tx
+    return OfStacks(tx, orthogonalise, finish, bucketing)
 
 
 def _scaled_by_shape(X: Stack, scale: Scale) -> tuple[Stack]:

@@ -255,4 +255,4 @@ def shampoo(
         count = jnp.asarray(optax.safe_increment(state.count))
         return results, ShampooState._make([count, *trees, inner_state])
 
-    return MakesStacks(*transformation(init_fn, update_fn))
+    return MakesStacks(transformation(init_fn, update_fn), bucketing)

@@ -1,24 +1,15 @@
 """The comparison with PyTorch, as far as no PyTorch is needed."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from fusionopt_jax import dit
 from tests.dit._models import CONFIG, random_params
 
-SCRIPTS = Path(__file__).parents[2] / "examples" / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def script():
-    """`examples/benchmarks/dit_train_step.py`, whose directory its imports need."""
-    sys.path.insert(0, str(SCRIPTS))
-    yield importlib.import_module("dit_train_step")
-    sys.path.remove(str(SCRIPTS))
+def script(benchmark_script):
+    return benchmark_script("dit_train_step")
 
 
 @pytest.mark.parametrize(

@@ -2,18 +2,14 @@
 
 import importlib
 import json
-from pathlib import Path
 
 import jax
 import pytest
 
-SCRIPTS = Path(__file__).parents[2] / "examples" / "benchmarks"
-
 
 @pytest.fixture
-def on_gpu(monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPTS)
-    return importlib.import_module("on_gpu")
+def on_gpu(benchmark_script):
+    return benchmark_script("on_gpu")
 
 
 def run_here(on_gpu, tmp_path, *groups):

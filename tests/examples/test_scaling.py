@@ -1,7 +1,5 @@
 """The formulas of the scaling page, against programs and against sums by hand."""
 
-import importlib
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,11 +8,8 @@ SCRIPTS = Path(__file__).parents[2] / "examples" / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def script():
-    """`examples/benchmarks/scaling.py`, whose directory its imports need."""
-    sys.path.insert(0, str(SCRIPTS))
-    yield importlib.import_module("scaling")
-    sys.path.remove(str(SCRIPTS))
+def script(benchmark_script):
+    return benchmark_script("scaling")
 
 
 def check(script, name, optimiser, exchange):

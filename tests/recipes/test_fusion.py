@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import fusionopt_jax as fo
+from fusionopt_jax._optax import MakesStacks, chained
 from fusionopt_jax.recipes import components
 from tests import _cases, _compare, _compile
 
@@ -86,6 +87,24 @@ def test_whitened_stacks_are_orthogonalised_as_in_a_chain(whitening, scale):
     )
     (count,) = {int(count) for _, count in optax.tree.get_all_with_path(state, "count")}
     assert count == len(losses)
+
+
+@pytest.mark.parametrize("bucketing", ["batch", "leaf"])
+def test_each_goes_through_its_stacks_as_it_was_told(bucketing):
+    handed = []
+
+    def update(updates, state, params=None, then=None):
+        handed.append(then)
+        return updates, state
+
+    first = MakesStacks(
+        optax.GradientTransformationExtraArgs(lambda _: (), update), "batch"
+    )
+    tx = chained(first, fo.ns5(bucketing=bucketing))
+    gradient = {"kernel": jnp.eye(4)}
+    tx.update(gradient, tx.init(gradient))
+    (then,) = handed
+    assert (then is not None) == (bucketing == "batch")
 
 
 @pytest.mark.parametrize("look_ahead", [False, True])

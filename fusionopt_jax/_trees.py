@@ -71,9 +71,9 @@ def _with_small_ones_joined(leaves: list[Any]) -> list[Any]:
     """Leaves of which the small ones of one kind are one: a sum is many operations."""
     kinds: dict[Hashable, list[Any]] = {}
     for place, leaf in enumerate(leaves):
-        # What lies in different ways on a mesh of devices isn't joined.
-        kind = (leaf.shape, leaf.dtype, jax.typeof(leaf).sharding)
-        kinds.setdefault(kind if leaf.size <= _SMALL else place, []).append(leaf)
+        # On a mesh the whole would lie in one way, and its parts would have to.
+        alone = leaf.size > _SMALL or jax.typeof(leaf).sharding.mesh.size > 1
+        kinds.setdefault(place if alone else (leaf.shape, leaf.dtype), []).append(leaf)
     return [jnp.stack(kind) if len(kind) > 1 else kind[0] for kind in kinds.values()]
 
 

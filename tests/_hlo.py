@@ -56,13 +56,32 @@ def exchanges(text: str) -> dict[str, int]:
     The other collectives of a step add up or fetch vectors and scalars: norms, mean
     squares of neurons, one entry of each leaf for `eval_params`.
     """
-    found = []
-    for part in computations(text).values():
-        for line in part.splitlines():
-            kind = _COLLECTIVE.search(line)
-            shapes = _SHAPE.findall(line[: kind.start()]) if kind else ()
-            axes = [shape.split(",") for shape in shapes]
-            if any(len(sizes) > 2 and {*sizes} != {"1"} for sizes in axes):
-                found.append(kind[1])
-    # One entry of a leaf, from the device that has it.
-    return dict(collections.Counter(k for k in found if k != "collective-permute"))
+    lines = (line for part in computations(text).values() for line in part.splitlines())
+    found = filter(None, map(_exchange, lines))
+    return dict(collections.Counter(found))
+
+
+def exchanges_in_turn(text: str) -> int:
+    """How many exchanges of stacks wait for each other, at most.
+
+    Those that are side by side, with nothing to compute in between, count as one.
+    """
+    turns: dict[str, int] = {}
+    for line in computations(text)["ENTRY"].splitlines():
+        made = re.match(r"\s*(?:ROOT )?%([\w.\-]+) = ", line)
+        if made:
+            read = re.findall(r"%([\w.\-]+)", line[made.end() :])
+            before = max((turns.get(name, 0) for name in read), default=0)
+            turns[made[1]] = before + (_exchange(line) is not None)
+    return max(turns.values())
+
+
+def _exchange(line: str) -> str | None:
+    """The kind of collective by which an instruction moves stacks of matrices."""
+    kind = _COLLECTIVE.search(line)
+    # That one fetches an entry of a leaf, from the device that has it.
+    if kind is None or kind[1] == "collective-permute":
+        return None
+    axes = [shape.split(",") for shape in _SHAPE.findall(line[: kind.start()])]
+    moves = any(len(sizes) > 2 and {*sizes} != {"1"} for sizes in axes)
+    return kind[1] if moves else None

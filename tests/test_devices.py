@@ -107,13 +107,19 @@ def moved(tree, before):
     )
 
 
-def run(composition, place):
+# In and out; over one axis of a mesh after the other.
+TURNS = {layout: 2 * len(sizes) for layout, (sizes, _) in LAYOUTS.items()}
+
+
+def run(composition, place, turns=0):
     """Parameters, and their average, after all steps of gradients that follow them."""
     tx = fo.fusion_opt(1e-2, routing=ROUTING, **COMPOSITIONS[composition])
     params, noise = start()
     params = jax.tree.map(place, params)
     step, state = compiled(tx, params)
     assert _hlo.in_loops(step.as_text()) == []
+    # Of stacks that devices share evenly or not, factors and all.
+    assert _hlo.exchanges_in_turn(step.as_text()) <= turns
     before = params, state
     for i in range(STEPS):
         drawn = jax.tree.map(lambda stack, i=i: place(stack[i]), noise)
@@ -133,7 +139,7 @@ def check(composition, layout, kind):
     expected = on_one_device(composition)
     # What a user may expect of twenty steps in float32: entries are near 1, each step
     # moves them by 0.01, and sums are taken in another order.
-    after = run(composition, placing(layout, kind))
+    after = run(composition, placing(layout, kind), TURNS[layout])
     _compare.assert_trees_within(after, expected, 1e-5, layout)
 
 
@@ -275,6 +281,21 @@ def test_collectives_in_loops_are_found():
     once = jax.jit(lambda rows: squared(0, rows)).lower(rows).compile().as_text()
     assert _hlo.in_loops(once) == []
     assert _hlo.computations(once)["ENTRY"]
+
+
+def test_exchanges_that_wait_for_each_other_are_counted():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    specs = P("x"), P(None, "x"), P(None, None, "x"), P("x")
+    first, *rest = (NamedSharding(mesh, spec) for spec in specs)
+
+    def turned(stack):
+        for sharding in rest:
+            stack = jax.lax.with_sharding_constraint(jnp.sin(stack), sharding)
+        return stack
+
+    stacks = [jax.device_put(jnp.ones((8, 8, 8)), first)] * 2
+    both = jax.jit(lambda stacks: jax.tree.map(turned, stacks)).lower(stacks)
+    assert _hlo.exchanges_in_turn(both.compile().as_text()) == 3
 
 
 EIGHTHS = [

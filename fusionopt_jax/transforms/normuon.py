@@ -16,6 +16,7 @@ import optax
 
 from fusionopt_jax._checks import check_decay_rate, check_non_negative, renamed
 from fusionopt_jax._matrices.buckets import Stack, map_leaves, stack_states
+from fusionopt_jax._matrices.placement import device_count
 from fusionopt_jax._optax import transformation
 from fusionopt_jax._types import Array, Float, Number, Params
 from fusionopt_jax.routing import Routing, matrix_views
@@ -143,11 +144,11 @@ def _joined(function: Callable[..., tuple[Array, ...]], *trees: Any) -> list[Any
     columns = [jax.tree.leaves(tree) for tree in trees]
     if not columns[0]:
         return list(trees)
+    # On several devices the whole would lie in one way, and its parts would have to.
+    alone = device_count(*columns[0]) > 1
     kinds: dict[Hashable, list[int]] = {}
     for place, leaf in enumerate(columns[0]):
-        # What lies in different ways on a mesh of devices isn't joined.
-        kind = (leaf.shape[1:], jax.typeof(leaf).sharding)
-        kinds.setdefault(kind, []).append(place)
+        kinds.setdefault(place if alone else leaf.shape[1:], []).append(place)
     parts: dict[int, tuple[Array, ...]] = {}
     for places in kinds.values():
         ends = np.cumsum([columns[0][place].shape[0] for place in places])[:-1]

@@ -301,6 +301,29 @@ def test_what_an_error_left_unfinished_is_quiet_and_nothing_else_is(monkeypatch)
     assert heard == ["coroutine 'of_the_user' was never awaited"] * 2
 
 
+class Store:
+    """As Orbax calls what reads the shapes of arrays."""
+
+    async def _get_array_metadatas(self):
+        """Never begins."""
+
+
+def test_shapes_that_nobody_reads_any_more_are_quiet(monkeypatch):
+    heard = []
+    monkeypatch.setattr(
+        sys, "unraisablehook", lambda found: heard.append(str(found.exc_value))
+    )
+    warnings.simplefilter("error")
+    with without_echoes():
+        Store()._get_array_metadatas()
+        gc.collect()
+    assert heard == []
+    # Outside of it a warning is a warning.
+    Store()._get_array_metadatas()
+    gc.collect()
+    assert heard == ["coroutine 'Store._get_array_metadatas' was never awaited"]
+
+
 def test_without_orbax_the_extra_is_named():
     program = (
         "import sys; sys.modules['orbax'] = None; import fusionopt_jax\n"

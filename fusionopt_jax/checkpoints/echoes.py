@@ -9,7 +9,10 @@ from typing import Any
 
 # A read or write that ends after its event loop was closed, and one that never began.
 _CLOSED = "Event loop is closed"
-_NEVER_BEGAN = r"coroutine '\w*serialize\w*\.<locals>\.\w+' was never awaited"
+_NEVER_BEGAN = (
+    r"coroutine '(\w*serialize\w*\.<locals>\.\w+|Store\._get_array_metadatas)'"
+    " was never awaited"
+)
 
 
 class _Filter:

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from study import summary, workloads
 from study.records import Job, Record
-from study.table import METHODS
+from study.table import METHODS, RECIPE
 
 TITLES = {
     "lm": "bytes",
@@ -24,7 +24,7 @@ TITLES = {
 }
 CURVES = (
     *("adamw", "adamw_rest", "muon", "normuon", "sf_adamw"),
-    *("sf_normuon", "fixed", "ratio"),
+    *("sf_normuon", RECIPE, "ratio"),
 )
 FACTORS = ("ratio", "plus", "autoscale", "d_adaptation")
 
@@ -46,7 +46,8 @@ def curves(finished: Mapping[Job, Record], path: Path) -> None:
 
     def draw(axes, name: str) -> None:
         for number, method in enumerate(CURVES):
-            for place, record in enumerate(rows[name, method].runs.values()):
+            row = rows.get((name, method))
+            for place, record in enumerate(row.runs.values() if row else ()):
                 axes.plot(
                     _steps(record),
                     record.curve,
@@ -117,9 +118,10 @@ def shares(finished: Mapping[Job, Record], path: Path) -> None:
     def draw(axes, name: str) -> None:
         for number, method in enumerate(("normuon", "sf_normuon")):
             found = {}
-            for length in ("_x0.5", "", "_x3"):
-                row = rows[name, method + length]
-                shares = summary.shares(row, rows)
+            usual = METHODS[f"{method}_x3"].base
+            for length in (f"{method}_x0.5", usual, f"{method}_x3"):
+                row = rows.get((name, length))
+                shares = summary.shares(row, rows) if row else []
                 if shares and math.isfinite(max(shares)):
                     steps = next(iter(row.runs.values())).job.steps
                     found[steps] = (min(shares), statistics.median(shares), max(shares))

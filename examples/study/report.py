@@ -20,14 +20,12 @@ from dit_training.folders import write_whole
 from study import plan, plots, records, summary, workloads
 from study.records import Job, Record
 from study.summary import Estimate, Row
-from study.table import ADAMW, METHODS, PARTS
+from study.table import ADAMW, METHODS, PARTS, RECIPE
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 PAGES = ("docs/results.md", "docs/index.md", "README.md")
 """What has tables of the study in it."""
-RECIPE = "fixed_0.2"
-"""The row that `fusion_opt(8e-3)` is."""
 NOT_RUN = "not run yet"
 UNSETTLED = " †"
 """Marks a row whose decay is still to be climbed."""
@@ -107,9 +105,10 @@ def columns_of(part: str) -> list[str]:
 
 
 def beside(rows: Rows, row: Row, kind: str) -> Row | None:
-    """The row that another of its part is compared with: AdamW's, or SF-NorMuon's."""
+    """The row that another of its part is compared with: AdamW's, or the recipe's."""
     own = f"{kind}_{METHODS[row.method].part}"
-    return rows.get((row.workload, own)) or rows.get((row.workload, kind))
+    usual = RECIPE if kind == "sf_normuon" else kind
+    return rows.get((row.workload, own)) or rows.get((row.workload, usual))
 
 
 def losses(part: str, rows: Rows) -> str:
@@ -135,7 +134,7 @@ def losses(part: str, rows: Rows) -> str:
 def details(part: str, rows: Rows) -> str:
     """All else that is known of the rows that have been run."""
     columns = (
-        *("", "workload", "share of AdamW's steps", "of its time", "less SF-NorMuon"),
+        *("", "workload", "share of AdamW's steps", "of its time", "less the recipe"),
         *("time a step", "state", "Fréchet distance", "rate", "decay"),
     )
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
@@ -251,6 +250,9 @@ def ratio(rows: Rows) -> str:
     for name in workloads.NAMES:
         cells = [plots.title(name)]
         for pair in (("fixed", "fixed_ratio"), ("sf_normuon", "ratio")):
+            if (name, pair[1]) not in rows:
+                cells += ["not planned", "", ""]
+                continue
             without, rule = (rows[name, method] for method in pair)
             found = summary.difference(rule, without)
             cells.append(text(found, sign="+") or NOT_RUN)
@@ -270,10 +272,10 @@ def range_text(factors: Sequence[float]) -> str:
 
 def sizes(rows: Rows) -> str:
     """The language model at four widths, under three methods."""
-    names = ("adamw", "normuon", "sf_normuon")
+    names = ("adamw", "normuon", RECIPE)
     titles = " | ".join(METHODS[name].title for name in names)
     lines = [
-        f"| width | {titles} | share of AdamW's steps: NorMuon, SF-NorMuon | command |",
+        f"| width | {titles} | share of AdamW's steps: NorMuon, the recipe | command |",
         "|---|---|---|---|---|---|",
     ]
     for workload, width in {"lm": workloads.WIDTH, **workloads.SIZES}.items():

@@ -26,7 +26,7 @@ from study import (
     workloads,
 )
 from study.records import Job, Record
-from study.table import METHODS
+from study.table import METHODS, RECIPE
 
 import fusionopt_jax as fo
 from fusionopt_jax import dit
@@ -316,32 +316,41 @@ def test_a_run_that_diverged_is_the_worst():
 
 
 def test_a_row_starts_where_its_base_is_best():
-    method, base = METHODS["mona"], METHODS["sf_normuon"]
+    method, base = METHODS["hyperball"], METHODS["normuon"]
     # By itself it asks for what tunes its base.
     before = plan.wanted("lm", 800, method, {})
     assert before.jobs == plan.wanted("lm", 800, base, {}).jobs
     assert before.least == 3 + 3
     loss = lambda job: abs(job.rate - 1.6e-2) + abs(job.decay - 0.4)  # noqa: E731
-    finished = finish("sf_normuon", 800, loss)
-    finished = finish("mona", 800, lambda job: abs(job.rate - 8e-3), finished)
-    expected = [(rate, 0.4) for rate in (1.6e-2, 3.2e-2, 8e-3, 4e-3)]
-    assert tried_by(finished, "mona") == expected
+    finished = finish("normuon", 800, loss)
+    finished = finish("hyperball", 800, lambda job: abs(job.rate - 8e-3), finished)
+    # One decay of its own is taken as it is.
+    expected = [(rate, 0.0) for rate in (1.6e-2, 3.2e-2, 8e-3, 4e-3)]
+    assert tried_by(finished, "hyperball") == expected
     tuned = plan.wanted("lm", 800, method, finished).tuned
-    assert tuned == plan.Tuned(8e-3, 0.4)
+    assert tuned == plan.Tuned(8e-3, 0.0)
     # A larger model starts at the smallest one's.
     (job,) = plan.wanted("lm_256", 800, base, finished).jobs
-    assert job == Job("lm_256", "sf_normuon", 1.6e-2, 0.4, 0, 800)
+    assert job == Job("lm_256", "normuon", 1.6e-2, 0.4, 0, 800)
+
+
+def test_what_changes_the_recipe_starts_at_its_setting():
+    (job,) = plan.wanted("lm", 800, METHODS["mona"], {}).jobs
+    recipe = METHODS[RECIPE]
+    assert (job.rate, job.decay) == (recipe.centre, recipe.decays[0])
+    (first, *_) = plan.wanted("lm", 800, METHODS["beta_0.9"], {}).jobs
+    assert first == Job("lm", "beta_0.9", job.rate, job.decay, 1, 800)
 
 
 def test_a_long_row_takes_the_rate_of_its_base():
-    finished = finish("sf_normuon", 800, lambda job: abs(job.rate - 4e-3) - job.decay)
+    finished = finish("normuon", 800, lambda job: abs(job.rate - 4e-3) - job.decay)
+    finished = finish("normuon_x3", 800, lambda job: 1.0, finished)
     finished = finish("decay_z", 800, lambda job: abs(job.decay - 0.8), finished)
-    finished = finish("sf_normuon_x3", 800, lambda job: 1.0, finished)
-    for name in ("decay_z", "sf_normuon_x3"):
+    for name, rate, steps in (("normuon_x3", 4e-3, 2400), ("decay_z", 8e-3, 1600)):
         tuned = plan.wanted("lm", 800, METHODS[name], finished).tuned
-        assert tuned == plan.Tuned(4e-3, 0.8)
-        assert {job.steps for job in finished if job.method == name} == {2400}
-    assert tried_by(finished, "sf_normuon_x3") == []
+        assert tuned == plan.Tuned(rate, 0.8)
+        assert {job.steps for job in finished if job.method == name} == {steps}
+    assert tried_by(finished, "normuon_x3") == []
 
 
 def test_the_first_rows_come_first():
@@ -363,17 +372,17 @@ def test_the_first_rows_come_first():
     assert second < names.index("plus")
 
 
-def test_what_is_no_baseline_runs_on_two_workloads():
+def test_what_is_no_baseline_runs_on_one_workload():
     for method in METHODS.values():
         places = plan.places(method, workloads.NAMES)
         if method.part == "rules":
-            assert places == ["lm", "digits"]
-        elif method.part == "baselines" and not method.name.endswith("_95"):
+            assert places == ["lm"]
+        elif method.part == "baselines" and method.base is None and not method.on:
             assert places == list(workloads.NAMES)
     rows = summary.collect({})
     shown = report.losses("baselines", rows).splitlines()
     (line,) = [line for line in shown if "--only muon_95" in line]
-    assert line.count("not run yet") == line.count("not planned") == 2
+    assert (line.count("not run yet"), line.count("not planned")) == (1, 3)
 
 
 # Runs
@@ -544,15 +553,15 @@ def finished():
 def test_figures_of_a_row(finished):
     rows = summary.collect(finished)
     row, adamw = rows["lm", "sf_normuon"], rows["lm", "adamw"]
-    assert list(row.runs) == [1, 2, 3, 4, 5]
-    # 2.0, 2.1, ..., 2.4: the variance of five numbers 0.1 apart is 0.025.
-    expected = (2.2, math.sqrt(0.025 / 5), 5)
+    assert list(row.runs) == [1, 2, 3]
+    # 2.0, 2.1, 2.2: the variance of three numbers 0.1 apart is 0.01.
+    expected = (2.1, math.sqrt(0.01 / 3), 3)
     np.testing.assert_allclose(summary.final(row), expected, rtol=1e-12)
     np.testing.assert_allclose(summary.difference(adamw, row).mean, 0.1, rtol=1e-12)
     # From 0.1 above AdamW's end at step 400 to 0.1 below at 800: there at 600 of 800.
-    np.testing.assert_allclose(summary.shares(row, rows), [0.75] * 5, rtol=1e-12)
+    np.testing.assert_allclose(summary.shares(row, rows), [0.75] * 3, rtol=1e-12)
     assert summary.cost(row, adamw) == 2
-    assert summary.figure(row, "frechet_distance") == summary.estimate([1, 2, 3, 4, 5])
+    assert summary.figure(row, "frechet_distance") == summary.estimate([1, 2, 3])
     assert summary.final(rows["vit", "adamw"]) is None
 
 
@@ -646,7 +655,7 @@ def test_the_page_is_what_its_files_say(name):
 
 def test_the_recipe_beside_the_better_adamw(finished):
     runs = finish("adamw_rest", 800, lambda job: 1.5, finished)
-    runs = finish(report.RECIPE, 800, lambda job: 1.0, runs)
+    runs = finish(RECIPE, 800, lambda job: 1.0, runs)
     lines = report.recipe(summary.collect(runs)).splitlines()
     # From 5 to 1 in the last half of the steps it passes 1.5 at seven eighths of that.
     assert lines[2] == (
@@ -663,6 +672,7 @@ def test_the_plots_draw(finished, tmp_path):
         if job.method == "sf_normuon":
             done = finished[job]._replace(job=job._replace(method="ratio"))
             finished[done.job] = done
+    finish(RECIPE, 800, lambda job: 1.0, finished)
     for draw in (
         *(plots.curves, plots.rates),
         *(plots.factors, plots.shares),

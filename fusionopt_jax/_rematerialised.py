@@ -23,7 +23,7 @@ from jax.extend.core import (
     Var,
     jaxpr_as_fun,
 )
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching, mlir, partial_eval
 
 from fusionopt_jax._types import Array, Scalar
 
@@ -93,37 +93,41 @@ def _part(jaxpr: Jaxpr, made: dict[Var, int], result: Var | Literal) -> Jaxpr:
     """The equations by which a result is made, back to what is not made entrywise."""
     numbers: set[int] = set()
     inputs: dict[Var, None] = {}
+    like: Any = result.aval
     waiting = [result]
     while waiting:
         var = waiting.pop()
         if isinstance(var, Literal) or var in inputs:
             continue
         number = made.get(var)
-        if number is None or not _entrywise(jaxpr.eqns[number], result.aval):
+        array: Any = var.aval
+        alike = array.shape == like.shape
+        if number is None or not alike or not _entrywise(jaxpr.eqns[number]):
             inputs[var] = None
         elif number not in numbers:
             numbers.add(number)
             waiting.extend(jaxpr.eqns[number].invars)
-    return jaxpr.replace(
+    part = jaxpr.replace(
         constvars=[],
         invars=list(inputs),
         outvars=[result],
         eqns=[jaxpr.eqns[number] for number in sorted(numbers)],
         effects=set(),
     )
+    # A function of many leaves that is jitted by itself makes the others too.
+    pruned, used = partial_eval.dce_jaxpr(part, [True])
+    needed = [var for var, is_used in zip(part.invars, used, strict=True) if is_used]
+    return pruned.replace(invars=needed)
 
 
-def _entrywise(equation: JaxprEqn, like: Any) -> bool:
-    """Whether an equation makes arrays of a shape by operations on their entries."""
+def _entrywise(equation: JaxprEqn) -> bool:
+    """Whether an equation makes arrays by operations on the entries of others."""
     inner = equation.params.get("jaxpr")
     if isinstance(inner, ClosedJaxpr):
         names: Iterable[str] = (one.primitive.name for one in inner.jaxpr.eqns)
     else:
         names = (equation.primitive.name,)
-    made: list[Any] = [var.aval for var in equation.outvars]
-    return all(array.shape == like.shape for array in made) and all(
-        name in _ENTRYWISE.split() for name in names
-    )
+    return all(name in _ENTRYWISE.split() for name in names)
 
 
 def afterwards(

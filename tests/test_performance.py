@@ -160,7 +160,8 @@ def test_schedule_free_writes_each_iterate_where_it_was_read(dtype):
         "kernel": jax.ShapeDtypeStruct(shape, dtype),
         "bias": jax.ShapeDtypeStruct((8,), dtype),
     }
-    inner = optax.chain(optax.scale_by_rms(0.99), optax.add_decayed_weights(0.01))
+    direction = optax.scale_by_rms(0.99, bias_correction=True)
+    inner = optax.chain(direction, optax.add_decayed_weights(0.01))
     # Elsewhere one kernel writes both iterates.
     with on_cpu():
         program = compiled(fo.schedule_free(inner, 1e-3), params)

@@ -51,6 +51,23 @@ def test_what_is_not_made_entry_by_entry_is_kept():
     assert counts == [1, 1]
 
 
+def test_a_jitted_function_of_several_leaves_is_looked_into():
+    """Optax's bias correction is one, which newer JAX does not write out."""
+    shared = jax.jit(lambda x, y, count: (x / count, jnp.abs(y) / count))
+
+    def function(x, y):
+        part = y[:1, :2]
+        half, quarter = shared(2.0 * x, part, jnp.float32(4))
+        return (half + x, quarter * part), ()
+
+    (first, _), again, counts = origins(function, X, Y)
+    np.testing.assert_array_equal(first[0], 1.5 * np.asarray(X))
+    np.testing.assert_array_equal(again[0], first[0])
+    np.testing.assert_array_equal(again[1], first[1])
+    # Of x, and of the part of y: neither of what only the other is made of.
+    assert counts == [1, 1]
+
+
 def test_a_constant_is_made_of_nothing():
     (first, _), again, counts = origins(lambda x: ((jnp.zeros(3),), x), X)
     np.testing.assert_array_equal(first[0], again[0])

@@ -6,9 +6,7 @@ Everything between a pair of marks in a page is replaced; no number is typed by 
 """
 
 import argparse
-import math
 import re
-import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,19 +15,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dit_training.folders import write_whole
 
-from study import plan, plots, records, summary, workloads
+from study import inline, plan, plots, records, summary, workloads
+from study.cells import (
+    NOT_RUN,
+    UNSETTLED,
+    final_text,
+    range_text,
+    share_text,
+    text,
+    time_text,
+)
 from study.records import Job, Record
-from study.summary import Estimate, Row
+from study.summary import Row
 from study.table import ADAMW, METHODS, PARTS, RECIPE
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-PAGES = ("docs/results.md", "docs/index.md", "README.md")
-"""What has tables of the study in it."""
-NOT_RUN = "not run yet"
-UNSETTLED = " †"
-"""Marks a row whose decay is still to be climbed."""
-
+PAGES = (
+    *("README.md", "docs/index.md", "docs/results.md"),
+    *("docs/choosing.md", "docs/open_questions.md"),
+)
+"""What has figures of the study in it."""
 Rows = Mapping[tuple[str, str], Row]
 
 
@@ -73,7 +79,7 @@ def filled(page: str, finished: Mapping[Job, Record]) -> str:
         return f"<!-- study: {name} -->\n\n{blocks[name]()}\n\n<!-- end -->"
 
     marks = re.compile(r"<!-- study: ([^>]*?) -->\n.*?<!-- end -->", re.DOTALL)
-    return marks.sub(block, page)
+    return inline.filled(marks.sub(block, page), rows)
 
 
 def state(finished: Mapping[Job, Record], rows: Rows) -> str:
@@ -265,14 +271,9 @@ def ratio(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-def range_text(factors: Sequence[float]) -> str:
-    """The smallest and the largest of some factors."""
-    return f"{min(factors):.1f} to {max(factors):.1f}"
-
-
 def sizes(rows: Rows) -> str:
     """The language model at four widths, under three methods."""
-    names = ("adamw", "normuon", RECIPE)
+    names = ("adamw_rest", "normuon", RECIPE)
     titles = " | ".join(METHODS[name].title for name in names)
     lines = [
         f"| width | {titles} | share of AdamW's steps: NorMuon, the recipe | command |",
@@ -308,44 +309,6 @@ def common_rates(finished: Mapping[Job, Record]) -> str:
             lines.append(f"| {method.title} | {found.rate:g} | {' | '.join(cells)} |")
     missing = "No method is tuned on two workloads yet, at rates that they share."
     return "\n".join(lines) if len(lines) > 2 else missing
-
-
-def text(value: Estimate | None, sign: str = "", missing: str = NOT_RUN) -> str:
-    """A mean, its standard error in the same digits, and the number of seeds."""
-    if value is None:
-        return "" if sign else missing
-    if not math.isfinite(value.mean):
-        return f"diverged ({value.seeds})"
-    if not math.isfinite(value.error):
-        return f"{value.mean:{sign}.4f} (1)"
-    # Two figures of the error say how many of the mean mean anything.
-    size = math.floor(math.log10(value.error)) if value.error > 0 else -4
-    digits = min(max(1 - size, 1), 4)
-    return f"{value.mean:{sign}.{digits}f} ± {value.error:.{digits}f} ({value.seeds})"
-
-
-def final_text(row: Row) -> str:
-    """The loss of a row, marked where its tuning is not through."""
-    shown = text(summary.final(row))
-    return shown + UNSETTLED if row.runs and not row.settled else shown
-
-
-def share_text(shares: list[float]) -> str:
-    """The median over the seeds, and the range."""
-    if not shares:
-        return ""
-    low, high = min(shares), max(shares)
-    shown = [one if math.isfinite(one) else None for one in (low, high)]
-    ends = ["never" if one is None else f"{one:.2f}" for one in shown]
-    middle = statistics.median(shares)
-    first = f"{middle:.2f}" if math.isfinite(middle) else "never"
-    return f"{first} ({ends[0]} to {ends[1]})" if len(shares) > 1 else first
-
-
-def time_text(shares: list[float], cost: float) -> str:
-    """The median share of the time, if each step takes so many of AdamW's."""
-    middle = statistics.median(shares) * cost
-    return f"{middle:.2f}" if math.isfinite(middle) else "never"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ import optax
 import pytest
 from study import (
     away,
+    cells,
     glyphs,
+    inline,
     methods,
     plan,
     plots,
@@ -571,7 +573,7 @@ def test_what_never_comes_down_says_so(finished):
             finished[job] = done._replace(curve=[9.0, 9.0])
     rows = summary.collect(finished)
     shares = summary.shares(rows["lm", "sf_normuon"], rows)
-    assert report.share_text(shares) == "never (never to never)"
+    assert cells.share_text(shares) == "never (never to never)"
 
 
 def test_the_ratio_beside_no_rule(finished):
@@ -594,7 +596,7 @@ def test_the_ratio_beside_no_rule(finished):
 
 def test_a_decay_that_still_climbs_is_marked(finished):
     rows = summary.collect(finished)
-    assert report.final_text(rows["lm", "adamw"]) == "2.300 ± 0.071 (5)"
+    assert cells.final_text(rows["lm", "adamw"]) == "2.300 ± 0.071 (5)"
     job = next(job for job in finished if job.method == "adamw" and job.decay == 0.2)
     del finished[job]
     row = summary.collect(finished)["lm", "adamw"]
@@ -603,7 +605,7 @@ def test_a_decay_that_still_climbs_is_marked(finished):
     job = Job("lm", "adamw", 4e-3, 0.05, 1, 800)
     finished[job] = record(job, (3.0, 2.15))
     row = summary.collect(finished)["lm", "adamw"]
-    assert report.final_text(row) == "2.1500 (1) †"
+    assert cells.final_text(row) == "2.1500 (1) †"
 
 
 def test_one_rate_for_all():
@@ -629,7 +631,7 @@ def test_one_rate_for_all():
     ],
 )
 def test_an_error_has_two_figures(value, text):
-    assert report.text(summary.Estimate(*value)) == text
+    assert cells.text(summary.Estimate(*value)) == text
 
 
 def test_the_page_is_filled_from_the_files(finished, tmp_path):
@@ -649,8 +651,30 @@ def test_the_page_is_filled_from_the_files(finished, tmp_path):
 @pytest.mark.parametrize("name", report.PAGES)
 def test_the_page_is_what_its_files_say(name):
     page = (DOCS.parent / name).read_text()
-    assert "<!-- study: " in page
+    assert "<!-- study: " in page or "<!-- = " in page
     assert report.filled(page, records.read_all(run.RESULTS)) == page
+
+
+def test_figures_in_a_sentence(finished):
+    runs = finish(RECIPE, 800, lambda job: 1.5 + 0.1 * job.seed, finished)
+    runs = finish("full", 800, lambda job: 1.2, runs)
+    rows = summary.collect(runs)
+    page = "<!-- = less lm sf_normuon -->?<!-- / --> and <!-- = final lm full -->?"
+    expected = "<!-- = less lm sf_normuon -->+0.4000 ± 0.0000 (3)<!-- / --> and "
+    expected += "<!-- = final lm full -->1.2000 ± 0.0000 (3)<!-- / -->"
+    assert inline.filled(page + "<!-- / -->", rows) == expected
+    assert inline.filled(expected, rows) == expected
+    # SF-NorMuon took twice AdamW's time, and three quarters of its steps.
+    assert inline.cost(rows, "lm", "sf_normuon") == "2.00"
+    assert inline.share(rows, "lm", "sf_normuon") == "0.75 (0.75 to 0.75)"
+    # AdamW ends at 2.3 over five seeds: from there to 1.7 of the way to 1.2.
+    assert inline.gain(rows, "lm", RECIPE, "full") == "55 %"
+    assert inline.judged(rows, "lm", "sf_normuon", "frechet_distance").startswith("2.0")
+    assert inline.factors(rows, "lm", "sf_normuon") == "1.0 to 1.0"
+    for figure in ("less", "final", "share", "cost"):
+        assert inline.FIGURES[figure](rows, "vit", "adamw") == "not run yet"
+    with pytest.raises(ValueError, match="no figure 'lesser'"):
+        inline.filled("<!-- = lesser --><!-- / -->", rows)
 
 
 def test_the_recipe_beside_the_better_adamw(finished):

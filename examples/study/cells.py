@@ -20,6 +20,8 @@ def text(value: Estimate | None, sign: str = "", missing: str = NOT_RUN) -> str:
         return f"diverged ({value.seeds})"
     if not math.isfinite(value.error):
         return f"{value.mean:{sign}.4f} (1)"
+    if abs(value.mean) >= 1e5:
+        return f"{value.mean:{sign}.1e} ± {value.error:.1e} ({value.seeds})"
     # Two figures of the error say how many of the mean mean anything.
     size = math.floor(math.log10(value.error)) if value.error > 0 else -4
     digits = min(max(1 - size, 1), 4)

@@ -68,10 +68,15 @@ def collect(finished: Mapping[Job, Record]) -> dict[tuple[str, str], Row]:
 
 
 def estimate(values: Sequence[float]) -> Estimate | None:
-    """Mean and standard error; nothing where there are no values."""
+    """Mean and standard error; nothing where there are no values.
+
+    Infinite if one of them is no number.
+    """
     if not values:
         return None
     count = len(values)
+    if not all(map(math.isfinite, values)):
+        return Estimate(math.inf, math.nan, count)
     spread = statistics.stdev(values) if count > 1 else math.nan
     return Estimate(statistics.fmean(values), spread / math.sqrt(count), count)
 

@@ -567,6 +567,12 @@ def test_figures_of_a_row(finished):
     assert summary.final(rows["vit", "adamw"]) is None
 
 
+def test_a_row_with_a_seed_that_diverged_has_diverged():
+    found = summary.estimate([1.0, math.inf, 2.0])
+    assert (found.mean, found.seeds) == (math.inf, 3)
+    assert cells.text(found) == "diverged (3)"
+
+
 def test_what_never_comes_down_says_so(finished):
     for job, done in finished.items():
         if job.method == "sf_normuon" and job.seed:
@@ -628,6 +634,7 @@ def test_one_rate_for_all():
         ((1.23456, math.nan, 1), "1.2346 (1)"),
         ((math.inf, math.nan, 3), "diverged (3)"),
         ((12.3456, 2.0, 3), "12.3 ± 2.0 (3)"),
+        ((4.0469e11, 1.5e11, 3), "4.0e+11 ± 1.5e+11 (3)"),
     ],
 )
 def test_an_error_has_two_figures(value, text):

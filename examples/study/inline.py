@@ -19,6 +19,8 @@ MARKS = re.compile(r"<!-- = ([^>]*?) -->.*?<!-- / -->", re.DOTALL)
 
 def filled(page: str, rows: Rows) -> str:
     """The page with every figure between marks made anew."""
+    if found := re.search(r"^ *<!-- = .*", page, re.MULTILINE):
+        raise ValueError(f"Markdown ends a paragraph where a line has {found[0]!r}")
 
     def figure(found: re.Match[str]) -> str:
         name, *arguments = found[1].split()

@@ -70,15 +70,12 @@ COEFFICIENTS: dict[str, CoefficientTable | GramPolynomial] = {
 # divided by 1.02 of the norm (arXiv 2505.16932, its reference code).
 _SAFETY = {"quintic": 1.0, "polar_express": 1.02, "gram_minimax": 1.0}
 
-# The Gram form restarts from X after at most this many steps, for the rounding error
-# of R grows with each step taken on R alone. Against an SVD, in half precision, three
-# steps and then two are ten times as accurate as two and then three; in fp32 five steps
-# need no restart.
-_GRAM_STEPS = {"fp32": 5}
-_GRAM_STEPS_HALF = 3
+# The Gram form restarts from X after at most this many steps, for the rounding error of
+# R grows with each step taken on R alone: in half precision three steps and then two
+# are ten times as near to an SVD as two and then three; fp32 needs no restart.
+_GRAM_STEPS = {"fp32": 5, "bf16": 3, "fp16": 3, "fp16_safe": 3}
 
-# Leaves the products of two operands in reach of fp32 and loses nothing: entries down
-# to 1e-8 keep all bits of fp16.
+# Products of two stay in reach of fp32, and entries down to 1e-8 keep all their bits.
 _LARGEST_UNIT = 4096.0
 
 
@@ -249,9 +246,14 @@ class _Products(NamedTuple):
         return self._rounded_dot(A * self.unit, B * self.unit) / self.unit**2
 
     def onto(self, A: Array, X: Array) -> Array:
-        """A X, from a symmetric A and X in `unit`."""
+        """A X; of a tall X the transpose, X Aᵀ. X comes and goes in `unit`.
+
+        Rounded, A isn't symmetric: the factor that came last, next to X, would spread
+        its large singular values over small ones, which the others then lift.
+        """
         A = A * self.unit
-        return self._rounded_dot(*((X, A) if _tall(X) else (A, X))) / self.unit
+        factors = (X, A, "...ij,...kj->...ik") if _tall(X) else (A, X)
+        return self._rounded_dot(*factors) / self.unit
 
     def gram(self, X: Array) -> Array:
         """XXᵀ, from X in `unit`."""
@@ -375,7 +377,7 @@ def gram_segments(
     table: CoefficientTable, hot_dtype: HotDtype = "fp32"
 ) -> tuple[CoefficientTable, ...]:
     """The steps that the Gram form takes between one restart and the next."""
-    longest = _GRAM_STEPS.get(hot_dtype, _GRAM_STEPS_HALF)
+    longest = _GRAM_STEPS[hot_dtype]
     count = -(-len(table) // longest)
     sizes = [len(table) // count + (i < len(table) % count) for i in range(count)]
     starts = [sum(sizes[:i]) for i in range(count)]

@@ -666,8 +666,8 @@ def test_figures_in_a_sentence(finished):
     runs = finish(RECIPE, 800, lambda job: 1.5 + 0.1 * job.seed, finished)
     runs = finish("full", 800, lambda job: 1.2, runs)
     rows = summary.collect(runs)
-    page = "<!-- = less lm sf_normuon -->?<!-- / --> and <!-- = final lm full -->?"
-    expected = "<!-- = less lm sf_normuon -->+0.4000 ± 0.0000 (3)<!-- / --> and "
+    page = "by <!-- = less lm sf_normuon -->?<!-- / --> and <!-- = final lm full -->?"
+    expected = "by <!-- = less lm sf_normuon -->+0.4000 ± 0.0000 (3)<!-- / --> and "
     expected += "<!-- = final lm full -->1.2000 ± 0.0000 (3)<!-- / -->"
     assert inline.filled(page + "<!-- / -->", rows) == expected
     assert inline.filled(expected, rows) == expected
@@ -681,7 +681,9 @@ def test_figures_in_a_sentence(finished):
     for figure in ("less", "final", "share", "cost"):
         assert inline.FIGURES[figure](rows, "vit", "adamw") == "not run yet"
     with pytest.raises(ValueError, match="no figure 'lesser'"):
-        inline.filled("<!-- = lesser --><!-- / -->", rows)
+        inline.filled("by <!-- = lesser --><!-- / -->", rows)
+    with pytest.raises(ValueError, match="ends a paragraph"):
+        inline.filled("by\n<!-- = less lm full --><!-- / -->", rows)
 
 
 def test_the_recipe_beside_the_better_adamw(finished):

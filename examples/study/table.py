@@ -124,6 +124,18 @@ _BASELINES = {
         )
         for decay in (0.2, 0.4)
     },
+    **{
+        f"fixed_{name}": Method(
+            f"SF-NorMuon, {title}, rate 0.008 and decay 0.2",
+            build,
+            on=("lm", "vit", "digits"),
+            **{**_FIXED, "decays": (0.2,)},
+        )
+        for name, title, build in (
+            ("relative", "ratio over its start", referred(relative, "ratio")),
+            ("momentum_0.6", "momentum 0.6", _with(momentum=0.6)),
+        )
+    },
     "adamw_rest": Method(
         "AdamW, cosine, four times the rate for the rest",
         adamw(rest=4.0),

@@ -71,8 +71,8 @@ COEFFICIENTS: dict[str, CoefficientTable | GramPolynomial] = {
 _SAFETY = {"quintic": 1.0, "polar_express": 1.02, "gram_minimax": 1.0}
 
 # The Gram form restarts from X after at most this many steps, for the rounding error of
-# R grows with each step taken on R alone: in half precision three steps and then two
-# are ten times as near to an SVD as two and then three; fp32 needs no restart.
+# R grows with each step taken on R alone. In half precision 3 and 2 are ten times as
+# near to an SVD as 2 and 3.
 _GRAM_STEPS = {"fp32": 5, "bf16": 3, "fp16": 3, "fp16_safe": 3}
 
 # Products of two stay in reach of fp32, and entries down to 1e-8 keep all their bits.
@@ -252,8 +252,9 @@ class _Products(NamedTuple):
         its large singular values over small ones, which the others then lift.
         """
         A = A * self.unit
-        factors = (X, A, "...ij,...kj->...ik") if _tall(X) else (A, X)
-        return self._rounded_dot(*factors) / self.unit
+        if _tall(X):
+            return self._rounded_dot(X, A, "...ij,...kj->...ik") / self.unit
+        return self._rounded_dot(A, X) / self.unit
 
     def gram(self, X: Array) -> Array:
         """XXᵀ, from X in `unit`."""

@@ -134,6 +134,7 @@ _BASELINES = {
         for name, title, build in (
             ("relative", "ratio over its start", referred(relative, "ratio")),
             ("momentum_0.6", "momentum 0.6", _with(momentum=0.6)),
+            ("nesterov", "Nesterov momentum", _with(nesterov=True)),
         )
     },
     "adamw_rest": Method(

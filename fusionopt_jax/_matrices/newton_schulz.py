@@ -246,15 +246,13 @@ class _Products(NamedTuple):
         return self._rounded_dot(A * self.unit, B * self.unit) / self.unit**2
 
     def onto(self, A: Array, X: Array) -> Array:
-        """A X; of a tall X the transpose, X Aᵀ. X comes and goes in `unit`.
-
-        Rounded, A isn't symmetric: the factor that came last, next to X, would spread
-        its large singular values over small ones, which the others then lift.
-        """
-        A = A * self.unit
+        """A X; of a tall X the transpose, X Aᵀ. X comes and goes in `unit`."""
+        # Rounded, A isn't symmetric: the factor that came last, next to X, would spread
+        # its large singular values over small ones, which the others then lift.
         if _tall(X):
-            return self._rounded_dot(X, A, "...ij,...kj->...ik") / self.unit
-        return self._rounded_dot(A, X) / self.unit
+            sums = "...ij,...kj->...ik"
+            return self._rounded_dot(X, A * self.unit, sums) / self.unit
+        return self._rounded_dot(A * self.unit, X) / self.unit
 
     def gram(self, X: Array) -> Array:
         """XXᵀ, from X in `unit`."""

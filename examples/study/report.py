@@ -34,6 +34,7 @@ ROOT = HERE.parents[1]
 PAGES = (
     *("README.md", "docs/index.md", "docs/results.md"),
     *("docs/choosing.md", "docs/open_questions.md"),
+    "docs/methods/quantize_state.md",
 )
 """What has figures of the study in it."""
 Rows = Mapping[tuple[str, str], Row]

@@ -1,6 +1,6 @@
 """Is anything slower than it was? Any benchmark here, of two checkouts, in turns.
 
-    git worktree add ../old v0.3.0
+    git worktree add ../old COMMIT
     python examples/benchmarks/old_and_new.py --old ../old optimizer_step.py --rounds 5
 
 Each checkout runs its own script in a process of its own, with all arguments that
@@ -139,6 +139,7 @@ class Pair(NamedTuple):
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     """The first, the middle and the third."""
+    # Not those of `_measure`: each side has to import its own checkout's.
     if len(values) < 2:
         return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -187,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"{checkout} has no examples/benchmarks/{given.script}")
     if given.rounds < 1:
         parser.error("--rounds: at least 1")
-    # The scripts' own files have times of nothing else in between: nobody's.
+    # What the scripts write by themselves is not wanted.
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         workers = []
         for checkout in checkouts:

@@ -81,14 +81,15 @@ def main():
     print(f"recipe:                 loss {loss:.4f}")
     print(f"  after {int(state.count)} steps")
 
-    composed, _, loss = train(by_hand(routing, optax.trace(0.8)))
+    momentum = optax.trace(0.8, nesterov=True)
+    composed, _, loss = train(by_hand(routing, momentum))
     apart = max(
         float(jnp.max(jnp.abs(a - b)))
         for a, b in zip(jax.tree.leaves(recipe), jax.tree.leaves(composed), strict=True)
     )
     print(f"the same by hand:       loss {loss:.4f}, parameters apart by {apart:g}")
 
-    accelerated = optax.chain(fo.mona(alpha=0.2), optax.trace(0.8))
+    accelerated = optax.chain(fo.mona(alpha=0.2), momentum)
     _, _, loss = train(by_hand(routing, accelerated))
     print(f"with MONA before it:    loss {loss:.4f}")
 

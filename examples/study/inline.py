@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from study import summary
 from study.cells import NOT_RUN, range_text, share_text, text
 from study.summary import Row
-from study.table import ADAMW, RECIPE
+from study.table import ADAMW, BASE
 
 Rows = Mapping[tuple[str, str], Row]
 
@@ -31,7 +31,7 @@ def filled(page: str, rows: Rows) -> str:
     return MARKS.sub(figure, page)
 
 
-def less(rows: Rows, workload: str, method: str, other: str = RECIPE) -> str:
+def less(rows: Rows, workload: str, method: str, other: str = BASE) -> str:
     """The loss at the end less that of another row, seed by seed."""
     found = summary.difference(rows[workload, method], rows[workload, other])
     return text(found, sign="+") or NOT_RUN

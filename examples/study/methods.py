@@ -135,7 +135,7 @@ def fusion(
     decays: bool = True,
     **keywords: Any,
 ) -> Build:
-    """`fusion_opt` with these components; no Polyak rule unless one is named."""
+    """`fusion_opt` with these components; no rule and no look-ahead unless asked."""
 
     def build(setting: Setting) -> optax.GradientTransformationExtraArgs:
         return fo.fusion_opt(
@@ -143,7 +143,7 @@ def fusion(
             components=components,
             routing=setting.routing if chunks else setting.unchunked,
             weight_decay=setting.decay if decays else 0.0,
-            **{"polyak_rule": None, **keywords},
+            **{"polyak_rule": None, "nesterov": False, **keywords},
         )
 
     return build
@@ -154,10 +154,10 @@ def referred(use: Callable[..., Any], rule: str) -> Build:
 
     What it refers to is taken from the first tenth of the run.
     """
-    recipe = fusion(*SF_NORMUON)
+    base = fusion(*SF_NORMUON)
 
     def build(setting: Setting) -> optax.GradientTransformationExtraArgs:
-        used = use(recipe(setting), steps=max(setting.steps // 10, 2))
+        used = use(base(setting), steps=max(setting.steps // 10, 2))
         return fo.polyak(used, rule=rule)
 
     return build

@@ -27,7 +27,7 @@ from study.cells import (
 )
 from study.records import Job, Record
 from study.summary import Row
-from study.table import ADAMW, METHODS, PARTS, RECIPE
+from study.table import ADAMW, BASE, METHODS, PARTS, RECIPE
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -112,9 +112,9 @@ def columns_of(part: str) -> list[str]:
 
 
 def beside(rows: Rows, row: Row, kind: str) -> Row | None:
-    """The row that another of its part is compared with: AdamW's, or the recipe's."""
+    """The row that another of its part is compared with: AdamW's, or SF-NorMuon's."""
     own = f"{kind}_{METHODS[row.method].part}"
-    usual = RECIPE if kind == "sf_normuon" else kind
+    usual = BASE if kind == "sf_normuon" else kind
     return rows.get((row.workload, own)) or rows.get((row.workload, usual))
 
 
@@ -141,7 +141,7 @@ def losses(part: str, rows: Rows) -> str:
 def details(part: str, rows: Rows) -> str:
     """All else that is known of the rows that have been run."""
     columns = (
-        *("", "workload", "share of AdamW's steps", "of its time", "less the recipe"),
+        *("", "workload", "share of AdamW's steps", "of its time", "less SF-NorMuon"),
         *("time a step", "state", "Fréchet distance", "rate", "decay"),
     )
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]

@@ -75,15 +75,19 @@ PARTS = {
     "shapes": "depth against width",
 }
 
-RECIPE = "fixed_0.2"
-"""The row that `fusion_opt(8e-3)` is; ablations change one thing of it."""
+RECIPE = "fixed_nesterov"
+"""The row that `fusion_opt(8e-3)` is."""
+
+BASE = "fixed_0.2"
+"""The row that ablations change one thing of: the same without look-ahead."""
 
 _LM = ("lm",)
 """The workload of ablations: there methods differ by the most standard errors."""
 
 _MUON_LIKE = {"cosine": True, "momentum": 0.9, "nesterov": True}
 _NORMUON = fusion("ns5", "normuon", **_MUON_LIKE)
-_RECIPE = fusion(*SF_NORMUON)
+_PLAIN = fusion(*SF_NORMUON)
+_DEFAULT = fusion(*SF_NORMUON, nesterov=True)
 _RATIO = fusion(*SF_NORMUON, polyak_rule="ratio")
 
 
@@ -97,7 +101,7 @@ def _set(component: str, **settings: Any) -> Build:
     return _with(settings={component: settings})
 
 
-def _varied(title: str, build: Build, base: str = RECIPE, **changes: Any) -> Method:
+def _varied(title: str, build: Build, base: str = BASE, **changes: Any) -> Method:
     """A row that changes one thing of another: tuned from there, with its decay."""
     return Method(title, build, base=base, **{"decays": (), **changes})
 
@@ -111,7 +115,7 @@ _TUNED_ON = ("lm", "vit")
 _BASELINES = {
     "adamw": Method("AdamW, cosine", adamw(), centre=4e-3, seeds=5),
     "fixed": Method(
-        "SF-NorMuon, no rule, rate 0.008 and decay 0.05", _RECIPE, seeds=5, **_FIXED
+        "SF-NorMuon, no rule, rate 0.008 and decay 0.05", _PLAIN, seeds=5, **_FIXED
     ),
     "fixed_ratio": Method(
         "SF-NorMuon, ratio, rate 0.008 and decay 0.05", _RATIO, **_FIXED
@@ -119,7 +123,7 @@ _BASELINES = {
     **{
         f"fixed_{decay}": Method(
             f"SF-NorMuon, no rule, rate 0.008 and decay {decay}",
-            _RECIPE,
+            _PLAIN,
             **{**_FIXED, "decays": (decay,)},
         )
         for decay in (0.2, 0.4)
@@ -128,13 +132,24 @@ _BASELINES = {
         f"fixed_{name}": Method(
             f"SF-NorMuon, {title}, rate 0.008 and decay 0.2",
             build,
-            on=("lm", "vit", "digits"),
+            on=() if name == "nesterov" else ("lm", "vit", "digits"),
             **{**_FIXED, "decays": (0.2,)},
         )
         for name, title, build in (
             ("relative", "ratio over its start", referred(relative, "ratio")),
             ("momentum_0.6", "momentum 0.6", _with(momentum=0.6)),
-            ("nesterov", "Nesterov momentum", _with(nesterov=True)),
+            ("nesterov", "Nesterov momentum", _DEFAULT),
+            *(
+                (
+                    *(f"nesterov_{m:g}", f"Nesterov momentum {m:g}"),
+                    _with(nesterov=True, momentum=m),
+                )
+                for m in (0.7, 0.9)
+            ),
+            (
+                *("nesterov_r_4", "Nesterov momentum, r 4"),
+                _with(nesterov=True, settings={"sf": {"r": 4.0}}),
+            ),
         )
     },
     "adamw_rest": Method(
@@ -143,7 +158,7 @@ _BASELINES = {
         centre=4e-3,
     ),
     "normuon": Method("NorMuon, cosine", _NORMUON, seeds=5),
-    "sf_normuon": Method("SF-NorMuon, no rule", _RECIPE, on=_TUNED_ON),
+    "sf_normuon": Method("SF-NorMuon, no rule", _PLAIN, on=_TUNED_ON),
     "ratio": Method("SF-NorMuon, ratio", _RATIO, on=_TUNED_ON),
     "muon": Method("Optax Muon, cosine", muon(0.9)),
     "sf_adamw": Method("Schedule-Free AdamW", sf_adamw),
@@ -271,7 +286,7 @@ _DECAY = {
         )
         for letter, which in (("z", "fast"), ("y", "gradient"), ("x", "average"))
     },
-    "decay_none": _varied("no decay", _RECIPE, decays=(0.0,), **_LONG),
+    "decay_none": _varied("no decay", _PLAIN, decays=(0.0,), **_LONG),
 }
 
 _SETTINGS = {
@@ -313,7 +328,7 @@ _LENGTH = {
             *(adamw(rest=4.0), "adamw_rest"),
         ),
         ("normuon", "NorMuon", _NORMUON, "normuon"),
-        ("sf_normuon", "SF-NorMuon", _RECIPE, RECIPE),
+        ("sf_normuon", "SF-NorMuon", _DEFAULT, RECIPE),
     )
 }
 
@@ -330,7 +345,7 @@ _AWAY = {
     "adamw_away": Method(
         "AdamW, constant rate", constant_adamw, centre=1e-3, **_AWAY_FROM
     ),
-    "sf_normuon_away": Method("SF-NorMuon, no rule", _RECIPE, **_AWAY_FROM),
+    "sf_normuon_away": Method("SF-NorMuon, no rule", _PLAIN, **_AWAY_FROM),
     "ratio_away": Method("SF-NorMuon, ratio", _RATIO, **_AWAY_FROM),
     "full_away": Method("full, no rule", _FULL, **_AWAY_FROM),
     "full_ratio_away": Method(
@@ -345,7 +360,7 @@ _ACCUMULATION = {
     for name, title, build, base in (
         ("adamw", "AdamW, cosine", adamw(), "adamw"),
         ("normuon", "NorMuon, cosine", _NORMUON, "normuon"),
-        ("sf_normuon", "SF-NorMuon, no rule", _RECIPE, RECIPE),
+        ("sf_normuon", "SF-NorMuon", _DEFAULT, RECIPE),
     )
 }
 
@@ -357,7 +372,7 @@ _CONV = {
 _SHAPES = {
     f"blocks_{depth}x{width}": Method(
         f"{depth} blocks of width {width}",
-        _RECIPE,
+        _PLAIN,
         on=(name,),
         **{**_FIXED, "decays": (0.2,)},
     )

@@ -65,7 +65,7 @@ def fusion_opt(
     scalar_weight_decay: Number = 0.0,
     warmup_steps: int | jax.Array = 0,
     momentum: Number = 0.8,
-    nesterov: Nesterov = False,
+    nesterov: Nesterov = True,
     polyak_rule: PolyakRule | None = None,
     settings: Mapping[str, Any] | None = None,
     groups: Mapping[str, TransformLike] | None = None,
@@ -115,11 +115,12 @@ def fusion_opt(
         warmup_steps: Over how many steps the learning rate rises linearly.
         momentum: Decay rate of the matrices' momentum, in [0, 1).
         nesterov: Let the momentum look one step ahead, as Muon's code does; `"optax"`
-            corrects the bias of both terms, as `optax.contrib.muon` does.
+            corrects the bias of both terms, as `optax.contrib.muon` does. `True` ended
+            0.015 and 0.023 below `False` on two of four workloads and level on two
+            (`docs/results.md`, `--only fixed_0.2 fixed_nesterov`).
         polyak_rule: How the shared factor :math:`\gamma` is computed from the loss, see
-            `polyak`; `None` leaves it out. By default it is left out: at one learning
-            rate for four workloads, `"ratio"` ended 0.07 and 0.26 higher on two and
-            level on two (`docs/results.md`).
+            `polyak`; `None` leaves it out: at one learning rate for four workloads,
+            `"ratio"` ended 0.07 and 0.26 higher on two and level on two.
         settings: For a component, or for `"adam"` or `"polyak"`, keyword arguments of
             its transformation: `{"sf": {"b1": 0.9}, "ns5": {"steps": 4}}`. Where
             nothing is said, `"sf"` has `b1=0.6, r=2.0`, `"ns5"` has
@@ -163,9 +164,8 @@ def fusion_opt(
 
     Source:
         *SF-NorMuon*, arXiv 2605.23061 (composition, decay on the fast iterate, root
-        mean square of 0.2); FusionOpt (the components, the shared step size). The
-        defaults of `momentum` and of `"sf"` are the ones that did best in a prototype
-        of this library's training example.
+        mean square of 0.2; there without look-ahead, `nesterov=False`); FusionOpt (the
+        components, the shared step size).
     """
     chosen = checked_components(components)
     check_combination(chosen)

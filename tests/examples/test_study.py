@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import math
+import types
 from pathlib import Path
 
 import jax
@@ -28,7 +29,7 @@ from study import (
     workloads,
 )
 from study.records import Job, Record
-from study.table import METHODS, RECIPE
+from study.table import BASE, METHODS, RECIPE
 
 import fusionopt_jax as fo
 from fusionopt_jax import dit
@@ -336,10 +337,29 @@ def test_a_row_starts_where_its_base_is_best():
     assert job == Job("lm_256", "normuon", 1.6e-2, 0.4, 0, 800)
 
 
-def test_what_changes_the_recipe_starts_at_its_setting():
+def test_the_recipe_is_what_fusion_opt_does_by_default():
+    rng = np.random.default_rng(0)
+    shapes = {"matrix": (128, 130), "rest": (5,)}
+    params, grads = (
+        {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
+        for _ in range(2)
+    )
+    method = METHODS[RECIPE]
+    names = types.SimpleNamespace(routing=fo.Routing(), unchunked=fo.Routing())
+    row = method.optimizer(names, method.centre, method.decays[0], 800, params)
+    after = []
+    for tx in (row, fo.fusion_opt(8e-3)):
+        state = tx.init(params)
+        for _ in range(2):
+            updates, state = tx.update(grads, state, params)
+        after.append((updates, state))
+    jax.tree.map(np.testing.assert_array_equal, *after)
+
+
+def test_ablations_start_at_the_setting_of_their_base():
     (job,) = plan.wanted("lm", 800, METHODS["mona"], {}).jobs
-    recipe = METHODS[RECIPE]
-    assert (job.rate, job.decay) == (recipe.centre, recipe.decays[0])
+    base = METHODS[BASE]
+    assert (job.rate, job.decay) == (base.centre, base.decays[0])
     (first, *_) = plan.wanted("lm", 800, METHODS["beta_0.9"], {}).jobs
     assert first == Job("lm", "beta_0.9", job.rate, job.decay, 1, 800)
 
@@ -663,7 +683,7 @@ def test_the_page_is_what_its_files_say(name):
 
 
 def test_figures_in_a_sentence(finished):
-    runs = finish(RECIPE, 800, lambda job: 1.5 + 0.1 * job.seed, finished)
+    runs = finish(BASE, 800, lambda job: 1.5 + 0.1 * job.seed, finished)
     runs = finish("full", 800, lambda job: 1.2, runs)
     rows = summary.collect(runs)
     page = "by <!-- = less lm sf_normuon -->?<!-- / --> and <!-- = final lm full -->?"
@@ -675,7 +695,7 @@ def test_figures_in_a_sentence(finished):
     assert inline.cost(rows, "lm", "sf_normuon") == "2.00"
     assert inline.share(rows, "lm", "sf_normuon") == "0.75 (0.75 to 0.75)"
     # AdamW ends at 2.3 over five seeds: from there to 1.7 of the way to 1.2.
-    assert inline.gain(rows, "lm", RECIPE, "full") == "55 %"
+    assert inline.gain(rows, "lm", BASE, "full") == "55 %"
     assert inline.judged(rows, "lm", "sf_normuon", "frechet_distance").startswith("2.0")
     assert inline.factors(rows, "lm", "sf_normuon") == "1.0 to 1.0"
     for figure in ("less", "final", "share", "cost"):

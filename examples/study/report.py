@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dit_training.folders import write_whole
 
-from study import inline, plan, plots, records, summary, workloads
+from study import inline, plan, plots, records, summary, times, workloads
 from study.cells import (
     NOT_RUN,
     UNSETTLED,
@@ -38,6 +38,7 @@ PAGES = (
 )
 """What has figures of the study in it."""
 Rows = Mapping[tuple[str, str], Row]
+EMPTY: times.Seconds = {}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,10 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--root", type=Path, default=ROOT, help="of the repository")
     given = parser.parse_args(arguments)
-    finished = records.read_all(given.results)
+    finished, seconds = records.read_all(given.results), times.read(given.results)
     for name in PAGES:
         page = given.root / name
-        write_whole(page, filled(page.read_text(), finished))
+        write_whole(page, filled(page.read_text(), finished, seconds))
     images = given.root / "docs" / "images"
     plots.curves(finished, images / "study_curves.png")
     plots.rates(finished, images / "study_rates.png")
@@ -59,11 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def filled(page: str, finished: Mapping[Job, Record]) -> str:
+def filled(
+    page: str, finished: Mapping[Job, Record], seconds: times.Seconds = EMPTY
+) -> str:
     """The page with every block between marks made anew."""
     rows = summary.collect(finished)
     blocks: dict[str, Callable[[], str]] = {"state": lambda: state(finished, rows)}
-    blocks["recipe"] = lambda: recipe(rows)
+    blocks["recipe"] = lambda: recipe(rows, seconds)
+    blocks["times"] = lambda: step_times(seconds)
     blocks["ratio"] = lambda: ratio(rows)
     blocks["sizes"] = lambda: sizes(rows)
     blocks["shapes"] = lambda: shapes(rows)
@@ -218,7 +222,7 @@ def away(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-def recipe(rows: Rows) -> str:
+def recipe(rows: Rows, seconds: times.Seconds = EMPTY) -> str:
     """The default of `fusion_opt` beside baselines that are tuned on each workload."""
     columns = (
         *("", "AdamW, cosine, tuned", "NorMuon, cosine, tuned", "`fusion_opt(8e-3)`"),
@@ -234,16 +238,33 @@ def recipe(rows: Rows) -> str:
             if (found := summary.final(rows[name, method]))
         ]
         best = rows[name, min(theirs)[1] if theirs else "adamw"]
-        shares, cost = summary.shares(own, rows), summary.cost(own, best)
+        shares, cost = summary.shares(own, rows), times.ratio(seconds, name, RECIPE)
         cells = (
             plots.title(name),
             final_text(best),
             final_text(rows[name, "normuon"]),
             final_text(own),
             share_text(shares) or NOT_RUN,
-            NOT_RUN if cost is None or not shares else time_text(shares, cost),
+            NOT_RUN if cost is None or not shares else time_text(shares, cost.middle),
         )
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def step_times(seconds: times.Seconds) -> str:
+    """What a training step takes over one with AdamW: median and quartiles."""
+    if not seconds:
+        return "No step has been timed."
+    methods = [name for name in times.TIMED if name != "adamw"]
+    titles = " | ".join(METHODS[name].title for name in methods)
+    lines = [f"| | {titles} |", "|---" * (len(methods) + 1) + "|"]
+    for name in seconds:
+        found = [times.ratio(seconds, name, method) for method in methods]
+        cells = [
+            f"{one.middle:.2f} ({one.low:.2f} to {one.high:.2f})" if one else NOT_RUN
+            for one in found
+        ]
+        lines.append(f"| {plots.title(name)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -30,7 +30,7 @@ from dit_training.errors import RunError
 from dit_training.folders import claimed
 from tqdm import tqdm
 
-from study import plan, records, training, workloads
+from study import plan, records, times, training, workloads
 from study.records import Job, Record
 from study.table import METHODS, PARTS, Method
 
@@ -48,13 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     own = [name for method in methods for name in method.on]
     names = given.workload or list(dict.fromkeys((*workloads.NAMES, *own)))
+    if given.times:
+        names = given.workload or list(workloads.NAMES)
     steps = {name: workloads.STEPS for name in names}
     try:
         if given.list:
             print(overview(given.out, steps, methods, given.seeds))
             return 0
         with claimed(given.out):
-            work(given, steps, methods)
+            if given.times:
+                times.write(given.out, times.measure(names, progress=print))
+            else:
+                work(given, steps, methods)
     except RunError as error:
         print(f"run.py: error: {error}", file=sys.stderr)
         return 2
@@ -87,6 +92,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=1, help="runs at a time")
     parser.add_argument(
         "--list", action="store_true", help="say what there is, and run nothing"
+    )
+    parser.add_argument(
+        "--times",
+        action="store_true",
+        help="measure what a step takes, by headline rows in turns, and run nothing",
     )
     given = parser.parse_args(arguments)
     if given.processes < 1:

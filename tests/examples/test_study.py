@@ -24,6 +24,7 @@ from study import (
     run,
     sources,
     summary,
+    times,
     training,
     transformer,
     workloads,
@@ -349,10 +350,8 @@ def test_the_recipe_is_what_fusion_opt_does_by_default():
     row = method.optimizer(names, method.centre, method.decays[0], 800, params)
     after = []
     for tx in (row, fo.fusion_opt(8e-3)):
-        state = tx.init(params)
-        for _ in range(2):
-            updates, state = tx.update(grads, state, params)
-        after.append((updates, state))
+        _, state = tx.update(grads, tx.init(params), params)
+        after.append(tx.update(grads, state, params))
     jax.tree.map(np.testing.assert_array_equal, *after)
 
 
@@ -679,7 +678,8 @@ def test_the_page_is_filled_from_the_files(finished, tmp_path):
 def test_the_page_is_what_its_files_say(name):
     page = (DOCS.parent / name).read_text()
     assert "<!-- study: " in page or "<!-- = " in page
-    assert report.filled(page, records.read_all(run.RESULTS)) == page
+    files = records.read_all(run.RESULTS), times.read(run.RESULTS)
+    assert report.filled(page, *files) == page
 
 
 def test_figures_in_a_sentence(finished):
@@ -709,13 +709,36 @@ def test_figures_in_a_sentence(finished):
 def test_the_recipe_beside_the_better_adamw(finished):
     runs = finish("adamw_rest", 800, lambda job: 1.5, finished)
     runs = finish(RECIPE, 800, lambda job: 1.0, runs)
-    lines = report.recipe(summary.collect(runs)).splitlines()
+    # AdamW's step and the recipe's, of two rounds.
+    seconds = {"lm": {"adamw": [2.0, 4.0], RECIPE: [3.0, 8.0]}}
+    lines = report.recipe(summary.collect(runs), seconds).splitlines()
     # From 5 to 1 in the last half of the steps it passes 1.5 at seven eighths of that.
     assert lines[2] == (
         "| bytes | 1.5000 ± 0.0000 (3) | not run yet | 1.0000 ± 0.0000 (3) "
-        "| 0.94 (0.94 to 0.94) | 0.94 |"
+        "| 0.94 (0.94 to 0.94) | 1.64 |"
     )
     assert lines[3].count("not run yet") == 5
+
+
+def test_steps_are_timed_in_turns(tmp_path, capsys):
+    only = ("adamw", RECIPE)
+    found = times.measure(["lm"], only, rounds=2, steps=1, progress=print)
+    assert capsys.readouterr().out.splitlines()[-1] == "lm: round 2 of 2"
+    assert {name: len(one) for name, one in found["lm"].items()} == {
+        "adamw": 2,
+        RECIPE: 2,
+    }
+    assert min(min(one) for one in found["lm"].values()) > 0
+    assert times.read(tmp_path) == {}
+    times.write(tmp_path, {"lm": {"adamw": [2.0, 4.0, 5.0], RECIPE: [3.0, 8.0, 5.0]}})
+    seconds = times.read(tmp_path)
+    assert times.ratio(seconds, "lm", RECIPE) == (1.5, 1.25, 1.75)
+    assert times.ratio(seconds, "lm", "muon") is None
+    assert times.ratio(seconds, "vit", RECIPE) is None
+    (line,) = report.step_times(seconds).splitlines()[2:]
+    assert line.startswith("| bytes | not run yet | 1.50 (1.25 to 1.75) |")
+    # They aren't taken for runs.
+    assert records.read_all(tmp_path) == {}
 
 
 def test_the_plots_draw(finished, tmp_path):

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from study import workloads
+from study.method import Method
 from study.records import Job, Record
-from study.table import METHODS, PARTS, Method
+from study.table import METHODS, PARTS
 
 REACH = 6
 """How often at most a rate is doubled or halved."""

@@ -125,7 +125,7 @@ def shares(finished: Mapping[Job, Record], path: Path) -> None:
                 if shares and math.isfinite(max(shares)):
                     steps = next(iter(row.runs.values())).job.steps
                     found[steps] = (min(shares), statistics.median(shares), max(shares))
-            if found:
+            if len(found) > 1:
                 low, middle, high = zip(*found.values(), strict=True)
                 axes.fill_between(list(found), low, high, color=f"C{number}", alpha=0.2)
                 axes.plot(
@@ -133,7 +133,7 @@ def shares(finished: Mapping[Job, Record], path: Path) -> None:
                     middle,
                     color=f"C{number}",
                     marker="o",
-                    label=METHODS[method].title,
+                    label=METHODS[usual].title,
                 )
         axes.set(xlabel="steps of the run", ylabel="share of AdamW's steps")
         axes.set_ylim(0, 1)

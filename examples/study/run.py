@@ -31,8 +31,9 @@ from dit_training.folders import claimed
 from tqdm import tqdm
 
 from study import plan, records, times, training, workloads
+from study.method import Method
 from study.records import Job, Record
-from study.table import METHODS, PARTS, Method
+from study.table import METHODS, PARTS
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

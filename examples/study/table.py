@@ -3,13 +3,13 @@
 A row is one method; a new one is one entry here.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from study import workloads
-from study.methods import (
+from study.method import Method
+from study.optimizers import (
     SF_NORMUON,
     Build,
-    Setting,
     accumulated,
     adamw,
     constant_adamw,
@@ -19,48 +19,6 @@ from study.methods import (
     sf_adamw,
 )
 from study.rules import hold, relative
-
-DECAYS = (0.05, 0.0, 0.2, 0.4, 0.8)
-"""What decays are climbed on; the rates are tried with the first."""
-
-
-class Method(NamedTuple):
-    """One row.
-
-    Attributes:
-        title: how tables call it.
-        build: the optimiser.
-        centre: the learning rate where a climb starts.
-        decays: what the decay may be; the climb starts at the first, and only that is
-            taken where there is one. That of `base` if empty.
-        seeds: how many seeds beside the one that is tuned on.
-        base: the row at whose best rate the climb starts, in place of `centre`.
-        climbs: whether other rates are tried.
-        stretch: how many times longer than the workload's the runs are.
-        on: the workloads that it runs on; the four, and larger ones, if empty.
-        name: how files and the command line call it.
-        part: which question it belongs to.
-    """
-
-    title: str
-    build: Build
-    centre: float = 8e-3
-    decays: tuple[float, ...] = DECAYS
-    seeds: int = 3
-    base: str | None = None
-    climbs: bool = True
-    stretch: float = 1
-    on: tuple[str, ...] = ()
-    name: str = ""
-    part: str = ""
-
-    def optimizer(
-        self, workload: Any, rate: Any, decay: Any, steps: int, params: Any
-    ) -> Any:
-        """The optimiser for a workload's weights."""
-        split = workload.routing, workload.unchunked
-        return self.build(Setting(rate, decay, steps, params, *split))
-
 
 PARTS = {
     "baselines": "baselines and the recipe",
@@ -329,6 +287,23 @@ _LENGTH = {
         ),
         ("normuon", "NorMuon", _NORMUON, "normuon"),
         ("sf_normuon", "SF-NorMuon", _DEFAULT, RECIPE),
+    )
+}
+
+# What would suit a longer run, by what short ones say.
+_LENGTH |= {
+    f"sf_normuon_x3_{name}": _varied(
+        f"SF-NorMuon, 3 times the steps, {title}",
+        fusion(*SF_NORMUON, nesterov=True, settings={"sf": settings}),
+        base=RECIPE,
+        climbs=False,
+        stretch=3,
+        decays=decays,
+    )
+    for name, title, settings, decays in (
+        ("decay_0.05", "decay 0.05", {}, (0.05,)),
+        ("beta_0.8", "b1 0.8", {"b1": 0.8}, ()),
+        ("r_4", "r 4", {"r": 4.0}, ()),
     )
 }
 

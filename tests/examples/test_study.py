@@ -15,7 +15,7 @@ from study import (
     cells,
     glyphs,
     inline,
-    methods,
+    optimizers,
     plan,
     plots,
     records,
@@ -201,7 +201,7 @@ def tiny_setting(rate=1e-3, decay=0.1):
         },
         **{name: jnp.ones((4, 128)) for name in ("reader", "positions", "writer")},
     }
-    return params, methods.Setting(
+    return params, optimizers.Setting(
         *(rate, decay, 100, params),
         *(transformer.routing(), transformer.routing(chunks=False)),
     )
@@ -225,7 +225,7 @@ def test_every_row_builds(name):
 
 def test_the_rate_warms_up_and_falls_to_zero():
     _, setting = tiny_setting(rate=0.5)
-    rate = methods.warmup_cosine(setting)
+    rate = optimizers.warmup_cosine(setting)
     # 7.5 % of a hundred steps, to a whole step.
     np.testing.assert_allclose(
         [rate(0), rate(4), rate(8), rate(100)], [0, 0.25, 0.5, 0]
@@ -749,6 +749,11 @@ def test_the_plots_draw(finished, tmp_path):
             done = finished[job]._replace(job=job._replace(method="ratio"))
             finished[done.job] = done
     finish(RECIPE, 800, lambda job: 1.0, finished)
+    plots.shares(finished, tmp_path / "one_length.png")
+    assert not (tmp_path / "one_length.png").exists()
+    finished = finish("adamw_rest", 800, lambda job: 1.5, finished)
+    finished = finish("adamw_rest_x3", 800, lambda job: 1.2, finished)
+    finished = finish("sf_normuon_x3", 800, lambda job: 1.0, finished)
     for draw in (
         *(plots.curves, plots.rates),
         *(plots.factors, plots.shares),

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fusionopt_jax._matrices import newton_schulz
-from fusionopt_jax._matrices.gram_polynomial import GramPolynomial
+from fusionopt_jax._matrices.gram_polynomial import GramMinimax, GramPolynomial
 
 SHAPES = ((384, 384), (384, 1152), (384, 1536), (384, 2304))
 GPU_SHAPES = (*SHAPES, (768, 3072), (1152, 1152), (1152, 4608), (1152, 6912))
@@ -52,6 +52,12 @@ def variants() -> dict[str, dict[str, Any]]:
             "method": "auto",
             "hot_dtype": "fp32",
             "preconditioner": "aol",
+        },
+        "two polynomials, fp16": {
+            "coefficients": "gram_minimax",
+            "steps": 5,
+            "method": "gram",
+            "hot_dtype": "fp16",
         },
         "polar_express gram fp16": {**polar, "method": "gram", "hot_dtype": "fp16"},
         "polar_express gram bf16": {**polar, "method": "gram", "hot_dtype": "bf16"},
@@ -113,23 +119,30 @@ def errors(orthogonalise: Any, settings: dict[str, Any], matrix: np.ndarray) -> 
             values / np.linalg.norm(values) / newton_schulz.safety_factor(coefficients)
         )
         table = newton_schulz.coefficient_table(coefficients, settings["steps"])
-        scaled = on_values(table, scaled)
+        scaled = on_values(table, scaled, settings["hot_dtype"])
         exact = (left * np.where(kept, scaled, 0)) @ right
         rounding = float(np.linalg.norm(result - exact) / np.linalg.norm(exact))
     found = np.linalg.svd(result, compute_uv=False)
     return rounding, float(found[0]), float(found[kept].min())
 
 
-def on_values(table: Any, values: np.ndarray) -> np.ndarray:
+def on_values(table: Any, values: np.ndarray, hot_dtype: str) -> np.ndarray:
     """The same of singular values, in float64."""
-    if isinstance(table, GramPolynomial):
-        Y = [np.ones_like(values), 2 * values**2 - 1]
-        for a, b in table.factors:
-            Y.append((np.asarray(a) @ Y) * (np.asarray(b) @ Y))
-        return values * (np.asarray(table.output) @ Y)
+    if isinstance(table, GramMinimax):
+        for part in (table.whole,) if hot_dtype == "fp32" else table.halves:
+            values = values * polynomial_on_values(part, values)
+        return values
     for a, b, c in table:
         values = a * values + b * values**3 + c * values**5
     return values
+
+
+def polynomial_on_values(polynomial: GramPolynomial, values: np.ndarray) -> np.ndarray:
+    """q(σ²), in float64."""
+    Y = [np.ones_like(values), 2 * values**2 - 1]
+    for a, b in polynomial.factors:
+        Y.append((np.asarray(a) @ Y) * (np.asarray(b) @ Y))
+    return np.asarray(polynomial.output) @ Y
 
 
 def main() -> None:

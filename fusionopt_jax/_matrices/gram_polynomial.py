@@ -9,6 +9,9 @@ products can compute is a table (Jarlebring & Lorentzon, arXiv 2504.01500): with
 .. math::
     Y_{i+1} = \Bigl(\sum_{j=0}^i a_{ij} Y_j\Bigr)\Bigl(\sum_{j=0}^i b_{ij} Y_j\Bigr),
     \quad i = 1 \dots N, \qquad q(R) = \sum_{j=0}^{N+1} c_j Y_j .
+
+fp16 can't hold an :math:`R` whose eigenvalues span six orders of magnitude. There
+:math:`X` goes through two polynomials, each of its own :math:`R`.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,6 +40,18 @@ class GramPolynomial(NamedTuple):
         return len(self.factors)
 
 
+class GramMinimax(NamedTuple):
+    """What brings every singular value near 1.
+
+    Attributes:
+        whole: One polynomial, for fp32.
+        halves: Two one after the other, for fp16.
+    """
+
+    whole: GramPolynomial
+    halves: tuple[GramPolynomial, ...]
+
+
 def evaluate(
     polynomial: GramPolynomial,
     R: Float[Array, "*batch m m"],
@@ -50,17 +65,49 @@ def evaluate(
     return _sum(polynomial.output, Y)
 
 
+def evaluate_apart(
+    polynomial: GramPolynomial,
+    R: Float[Array, "*batch m m"],
+    dot: Callable[[Array, Array], Array],
+) -> tuple[Float[Array, "*batch 1 1"], Float[Array, "*batch m m"]]:
+    """The mean eigenvalue μ of q(R), and q(R) − μI.
+
+    Rounded, a large multiple of the identity would take the last bits of what is beside
+    it. So each Y is kept as sI + M, and `dot` multiplies the M alone:
+    (sI + M)(tI + N) = stI + sN + tM + MN.
+    """
+    identity = jnp.broadcast_to(jnp.eye(R.shape[-1], dtype=R.dtype), R.shape)
+    mean = _mean_eigenvalue(R)
+    # Y = sI + M: the s, and the M but for that of Y_0 = I. Where R is near a multiple
+    # of the identity, every M is small.
+    multiples, rests = [jnp.ones_like(mean), 2 * mean - 1], [2 * (R - mean * identity)]
+    for a, b in polynomial.factors:
+        s, t = _sum(a, multiples), _sum(b, multiples)
+        M, N = _sum(a[1:], rests), _sum(b[1:], rests)
+        multiples.append(s * t)
+        rests.append(s * N + t * M + dot(M, N))
+    s, M = _sum(polynomial.output, multiples), _sum(polynomial.output[1:], rests)
+    mean = _mean_eigenvalue(M)
+    return s + mean, M - mean * identity
+
+
+def _mean_eigenvalue(R: Float[Array, "*batch m m"]) -> Float[Array, "*batch 1 1"]:
+    """Tr R / m."""
+    return jnp.trace(R, axis1=-2, axis2=-1)[..., None, None] / R.shape[-1]
+
+
 def _sum(coefficients: Row, Y: Sequence[Array]) -> Array:
     """Σ_j c_j Y_j."""
     terms = [c * y for c, y in zip(coefficients, Y, strict=True) if c]
     return sum(terms[1:], terms[0])
 
 
-# Both tables are from `examples/derivations/gram_polynomial.py`: |σ q(σ²) − 1| ≤ 0.1
+# The first two are from `examples/derivations/gram_polynomial.py`: |σ q(σ²) − 1| ≤ 0.1
 # for σ in [1e-3, 1], and for σ in [5e-3, 1], since AOL leaves singular values
-# several times as large as the norm does (`--low 5e-3 --steps 3 3 --products 8`).
+# several times as large as the norm does (`--low 5e-3 --steps 3 3 --products 8`). The
+# halves are from `half_precision.py`, and from the same with `--aol`.
 # fmt: off
-GRAM_MINIMAX = GramPolynomial(
+_WHOLE = GramPolynomial(
     factors=(
         ((-0.159808543, 1.42818404), (-0.159808539, 1.428184)),
         ((-1.18861006, 0.574828871, 1.40674753), (-1.26214837, 0.505620729, 1.977051)),
@@ -128,7 +175,7 @@ GRAM_MINIMAX = GramPolynomial(
     ),
 )
 
-GRAM_MINIMAX_AOL = GramPolynomial(
+_WHOLE_AOL = GramPolynomial(
     factors=(
         ((-0.0304235735, -0.439181013), (-0.0304235735, -0.439181013)),
         (
@@ -177,4 +224,102 @@ GRAM_MINIMAX_AOL = GramPolynomial(
         17.5100589,
     ),
 )
+_HALVES = (
+    GramPolynomial(
+        factors=(
+            ((-0.164508581, 1.46300006), (-0.164508581, 1.46300006)),
+            (
+                (-1.30702558, 0.48153905, 1.38186596),
+                (-1.37779558, 0.255530037, 1.88363421),
+            ),
+            (
+                (-1.40776786, -0.266309123, -1.07669466, 1.16909959),
+                (0.816947237, -0.0595651632, -1.79553482, 1.02867205),
+            ),
+            (
+                (-0.245547806, -1.30033158, -0.820015602, -0.00726345781, 1.09131931),
+                (-0.541268557, 1.58001186, -0.538295427, 0.00627481672, 0.708036635),
+            ),
+        ),
+        output=(
+            -0.0816422807, -0.00415344536, 0.736076621, 0.00872290501, 0.435061069,
+            0.985916904,
+        ),
+    ),
+    GramPolynomial(
+        factors=(
+            ((-0.183712885, 1.09469989), (-0.183712887, 1.09469989)),
+            (
+                (-0.953386563, 0.644510957, 1.57153911),
+                (-0.755520973, -0.670254261, 0.966154119),
+            ),
+            (
+                (-2.53195858, 2.60891128, -0.510956369, 5.33429201),
+                (-1.28016532, 2.11067378, 1.91765134, 4.65277724),
+            ),
+            (
+                (0.485632538, 0.288544085, 1.01272492, 0.0415606973, 0.15077736),
+                (-2.71237852, 4.52792217, -0.203268339, 1.09528438, 0.515346078),
+            ),
+            (
+                (
+                    5.81911891, 6.55053655, -0.795203168, -0.407917037, -0.43000654,
+                    -0.816698604,
+                ),
+                (
+                    9.25075505, -5.80097203, 1.66068358, -0.87475018, -0.565010597,
+                    0.792453339,
+                ),
+            ),
+        ),
+        output=(
+            31.1272157, 1.97030434, 8.30266198, -1.76177722, -3.71185109, 0.206604754,
+            -0.573301268,
+        ),
+    ),
+)
+
+_HALVES_AOL = (
+    GramPolynomial(
+        factors=(
+            ((-0.0222571348, -0.444730453), (-0.0222571348, -0.444730453)),
+            (
+                (-1.04339193, 0.414490819, 13.1678789),
+                (-0.407862585, -0.873420993, 6.03123331),
+            ),
+            (
+                (-0.208826398, -0.20014345, 0.705089748, -3.37058099),
+                (-1.16669767, 0.790820194, 0.746361906, 3.88022762),
+            ),
+        ),
+        output=(0.439713808, -0.346769721, 0.141844001, 0.095100074, -0.813574618),
+    ),
+    GramPolynomial(
+        factors=(
+            ((-0.343726489, 1.45008642), (-0.343726489, 1.45008642)),
+            (
+                (-1.30978001, 0.172284862, 1.01321122),
+                (-1.21333137, -0.0555351743, 1.34340436),
+            ),
+            (
+                (-0.0780144856, 0.445663705, -0.775314295, 1.31088328),
+                (-0.163445106, -0.09764376, -1.5792975, 2.0012899),
+            ),
+            (
+                (1.0819256, -0.446119318, 2.30083501, -3.35950843, 0.176394696),
+                (0.399541672, 0.366796455, -1.3918989, 1.95537113, 0.126483917),
+            ),
+        ),
+        output=(
+            0.480353864, -0.237000369, 0.626929863, 0.523414304, 3.26974486, 1.43950772,
+        ),
+    ),
+)
 # fmt: on
+
+GRAM_MINIMAX = GramMinimax(_WHOLE, _HALVES)
+GRAM_MINIMAX_AOL = GramMinimax(_WHOLE_AOL, _HALVES_AOL)
+
+# On what is multiplied in halves, of an X of norm 1, and on their q(R) − μI: fp16's
+# range is shared out by it.
+LARGEST_FACTOR = 100.0

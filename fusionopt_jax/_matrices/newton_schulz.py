@@ -19,13 +19,13 @@ Since every such step multiplies :math:`X` from the left by a polynomial in the 
     R \leftarrow (aI + Z)\,R\,(aI + Z), \qquad X_k = Q X_0 .
 
 Nor do there have to be steps: `gram_polynomial` has one polynomial :math:`Q = q(R)`
-that takes fewer products.
+that takes fewer products, and for fp16 two with a restart from :math:`X` between them.
 """
 
 import functools
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -34,25 +34,24 @@ from jaxtyping import Array, Float
 from fusionopt_jax._matrices.gram_polynomial import (
     GRAM_MINIMAX,
     GRAM_MINIMAX_AOL,
-    GramPolynomial,
+    LARGEST_FACTOR,
+    GramMinimax,
     evaluate,
+    evaluate_apart,
 )
 from fusionopt_jax._matrices.norm import frobenius_norm
 from fusionopt_jax._matrices.platform import PLATFORMS, Platform, by_platform
+from fusionopt_jax._matrices.products import HotDtype, Products, tall
 from fusionopt_jax._types import Number
 
-HotDtype: TypeAlias = Literal["auto", "fp32", "bf16", "fp16", "fp16_safe"]
 Method: TypeAlias = Literal["auto", "plain", "gram"]
 Preconditioner: TypeAlias = Literal["frobenius", "aol"]
 CoefficientTable: TypeAlias = tuple[tuple[float, float, float], ...]
 
-_DTYPES = {"bf16": jnp.bfloat16, "fp16": jnp.float16, "fp16_safe": jnp.float16}
-
-HOT_DTYPES: tuple[HotDtype, ...] = ("auto", "fp32", "bf16", "fp16", "fp16_safe")
 METHODS: tuple[Method, ...] = ("auto", "plain", "gram")
 PRECONDITIONERS: tuple[Preconditioner, ...] = ("frobenius", "aol")
 
-COEFFICIENTS: dict[str, CoefficientTable | GramPolynomial] = {
+COEFFICIENTS: dict[str, CoefficientTable | GramMinimax] = {
     # Jordan et al., Muon, 2024: steepest slope at zero for a band of about [0.7, 1.2].
     "quintic": ((3.4445, -4.7750, 2.0315),),
     # Amsel et al., arXiv 2505.16932: minimax per step, with a 2 % safety factor.
@@ -75,13 +74,10 @@ _SAFETY = {"quintic": 1.0, "polar_express": 1.02, "gram_minimax": 1.0}
 # near to an SVD as 2 and 3.
 _GRAM_STEPS = {"fp32": 5, "bf16": 3, "fp16": 3, "fp16_safe": 3}
 
-# Products of two stay in reach of fp32, and entries down to 1e-8 keep all their bits.
-_LARGEST_UNIT = 4096.0
-
 
 def newton_schulz(
     G: Float[Array, "*batch m n"],
-    table: CoefficientTable | GramPolynomial,
+    table: CoefficientTable | GramMinimax,
     *,
     eps: Number = 1e-7,
     safety: float = 1.0,
@@ -97,8 +93,8 @@ def newton_schulz(
 
     Args:
         G: A stack of matrices, of any floating dtype.
-        table: `(a, b, c)` of each step; or a polynomial of the Gram matrix, for which
-            `method` is `"gram"` and `hot_dtype` is `"fp32"` or `"auto"`.
+        table: `(a, b, c)` of each step; or polynomials of the Gram matrix, for which
+            `method` isn't `"plain"`, and which in bf16 have no bound.
         eps: Added to the norm.
         safety: Factor on the norm; what Polar Express needs beyond 1.
         preconditioner: `"frobenius"`, or `"aol"` to scale rows by almost-orthogonal
@@ -110,11 +106,11 @@ def newton_schulz(
     Returns:
         A stack shaped like `G`, in fp32.
     """
-    if isinstance(table, GramPolynomial) and hot_dtype == "auto":
-        hot_dtype = "fp32"
 
     def setting(platform: Platform) -> tuple[HotDtype, bool]:
         dtype = resolve_hot_dtype(hot_dtype, platform)
+        if hot_dtype == "auto" and dtype == "bf16" and isinstance(table, GramMinimax):
+            dtype = "fp32"
         return dtype, platform == "cpu" and dtype != "fp32"
 
     def iterated(alike: tuple[Platform, ...], G: Array) -> Array:
@@ -145,7 +141,7 @@ def _iterated(
     G: Float[Array, "*batch m n"],
     eps: Number,
     *,
-    table: CoefficientTable | GramPolynomial,
+    table: CoefficientTable | GramMinimax,
     safety: float,
     preconditioner: Preconditioner,
     method: Method,
@@ -156,7 +152,8 @@ def _iterated(
     if method == "auto":
         m, n = sorted(G.shape[-2:])
         method = cheaper_method(m, n, table, hot_dtype)
-    dot = _Products.fitting(hot_dtype, table, simulated=simulated)
+    largest = _largest_operand(table, hot_dtype)
+    dot = Products.fitting(hot_dtype, largest, simulated=simulated)
 
     X = G.astype(jnp.float32)
     norm = frobenius_norm(X) * safety + eps
@@ -166,12 +163,11 @@ def _iterated(
         # The bounds need the Gram matrix; scaled, it serves the first step as well.
         R = dot.gram(X * dot.unit)
         scale = _aol_scale(R) / safety
-        X = X * scale.mT if _tall(X) else scale * X
+        X = X * scale.mT if tall(X) else scale * X
         R = scale * R * scale.mT
     X = (X * dot.unit).astype(dot.storage)
-    if isinstance(table, GramPolynomial):
-        R = dot.gram(X) if R is None else R
-        X = dot.onto(evaluate(table, R, dot), X)
+    if isinstance(table, GramMinimax):
+        X = _polynomials(X, R, table, dot, whole=hot_dtype == "fp32")
     elif method == "plain":
         X = _plain_steps(X, R, table, dot)
     else:
@@ -180,8 +176,21 @@ def _iterated(
     return X.astype(jnp.float32) / dot.unit
 
 
+def _polynomials(
+    X: Array, R: Array | None, table: GramMinimax, dot: Products, *, whole: bool
+) -> Array:
+    """X ← q(R) X, whole or for each of the halves; the first R given or computed."""
+    if whole:
+        R = dot.gram(X) if R is None else R
+        return dot.onto(evaluate(table.whole, R, dot), X)
+    for polynomial in table.halves:
+        mean, Q = evaluate_apart(polynomial, dot.gram(X) if R is None else R, dot)
+        X, R = (mean * X + dot.onto(Q, X)).astype(X.dtype), None
+    return X
+
+
 def _plain_steps(
-    X: Array, R: Array | None, table: CoefficientTable, dot: "_Products"
+    X: Array, R: Array | None, table: CoefficientTable, dot: Products
 ) -> Array:
     """X ← (aI + bR + cR²) X for each row of the table; R = XXᵀ, given or computed."""
 
@@ -198,7 +207,7 @@ def _plain_steps(
 
 
 def _gram_steps(
-    X: Array, R: Array | None, table: CoefficientTable, dot: "_Products"
+    X: Array, R: Array | None, table: CoefficientTable, dot: Products
 ) -> Array:
     """The same on R and Q alone, and QX at the end."""
     R = dot.gram(X) if R is None else R
@@ -221,89 +230,19 @@ def _gram_steps(
     return dot.onto(Q, X).astype(X.dtype)
 
 
-class _Products(NamedTuple):
-    """Matrix products of operands rounded to a dtype, with sums in fp32.
-
-    Attributes:
-        dtype: What operands are rounded to.
-        storage: What the iterate X is kept in from one step to the next.
-        unit: A power of two by which operands are multiplied before they are rounded;
-            X comes and goes multiplied by it. fp16 rounds what is below 6e-5 to fewer
-            bits or to zero, and the entries of an m × n matrix of norm 1 are near
-            1/√(mn).
-        simulated: Whether operands are kept in fp32, rounded to what `dtype` can hold:
-            XLA has no half-precision product with fp32 accumulation on every CPU, and
-            fp32 products of rounded operands are the same numbers.
-    """
-
-    dtype: jnp.dtype
-    storage: jnp.dtype
-    unit: float
-    simulated: bool
-
-    def __call__(self, A: Array, B: Array) -> Array:
-        """A B."""
-        return self._rounded_dot(A * self.unit, B * self.unit) / self.unit**2
-
-    def onto(self, A: Array, X: Array) -> Array:
-        """A X; of a tall X the transpose, X Aᵀ. X comes and goes in `unit`."""
-        # Rounded, A isn't symmetric: the factor that came last, next to X, would spread
-        # its large singular values over small ones, which the others then lift.
-        if _tall(X):
-            sums = "...ij,...kj->...ik"
-            return self._rounded_dot(X, A * self.unit, sums) / self.unit
-        return self._rounded_dot(A * self.unit, X) / self.unit
-
-    def gram(self, X: Array) -> Array:
-        """XXᵀ, from X in `unit`."""
-        sums = "...ji,...jk->...ik" if _tall(X) else "...ij,...kj->...ik"
-        return self._rounded_dot(X, X, sums) / self.unit**2
-
-    def _rounded_dot(
-        self, A: Array, B: Array, sums: str = "...ij,...jk->...ik"
-    ) -> Array:
-        return jnp.einsum(
-            sums,
-            self._rounded(A),
-            self._rounded(B),
-            precision=jax.lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
-        )
-
-    def _rounded(self, A: Array) -> Array:
-        """A in the operands' dtype."""
-        if not self.simulated:
-            return A.astype(self.dtype)
-        # A pair of casts would be optimised away.
-        info = jnp.finfo(self.dtype)
-        return jax.lax.reduce_precision(A.astype(jnp.float32), info.nexp, info.nmant)
-
-    @classmethod
-    def fitting(
-        cls,
-        hot_dtype: HotDtype,
-        table: CoefficientTable | GramPolynomial,
-        *,
-        simulated: bool,
-    ) -> "_Products":
-        """With the unit that leaves the largest operand below fp16's 65504."""
-        dtype = jnp.dtype(_DTYPES.get(hot_dtype, jnp.float32))
-        if isinstance(table, GramPolynomial) or dtype != jnp.float16:
-            return cls(dtype, dtype, 1.0, simulated)
-        # Between steps X has singular values up to 2 (the first step of Polar Express
-        # makes such), so R has entries up to 4, bR + cR² up to 4|b| + 16|c|, and Q up
-        # to the product of the a.
-        bounds = [4 * abs(b) + 16 * abs(c) for _, b, c in table]
-        for segment in gram_segments(table, hot_dtype):
-            bounds.append(math.prod(max(abs(a), 1.0) for a, _, _ in segment))
-        unit = 2.0 ** math.floor(math.log2(65504 / (2 * max(bounds))))
-        storage = jnp.dtype(jnp.float32) if hot_dtype == "fp16_safe" else dtype
-        return cls(dtype, storage, min(max(unit, 1.0), _LARGEST_UNIT), simulated)
-
-
-def _tall(X: Array) -> bool:
-    """Whether the columns are the small side."""
-    return X.shape[-2] > X.shape[-1]
+def _largest_operand(
+    table: CoefficientTable | GramMinimax, hot_dtype: HotDtype
+) -> float:
+    """A bound on the entries of what is multiplied, for an X of norm 1."""
+    if isinstance(table, GramMinimax):
+        return LARGEST_FACTOR
+    # Between steps X has singular values up to 2 (the first step of Polar Express makes
+    # such), so R has entries up to 4, bR + cR² up to 4|b| + 16|c|, and Q up to the
+    # product of the a.
+    bounds = [4 * abs(b) + 16 * abs(c) for _, b, c in table]
+    for segment in gram_segments(table, hot_dtype):
+        bounds.append(math.prod(max(abs(a), 1.0) for a, _, _ in segment))
+    return max(bounds)
 
 
 def _aol_scale(R: Float[Array, "*batch m m"]) -> Float[Array, "*batch m 1"]:
@@ -318,16 +257,16 @@ def coefficient_table(
     steps: int,
     *,
     preconditioner: Preconditioner = "frobenius",
-) -> CoefficientTable | GramPolynomial:
+) -> CoefficientTable | GramMinimax:
     """The `(a, b, c)` of each of `steps` steps; a short table repeats its last row.
 
     A named table that is too long loses its first rows: those only stretch what is
-    small, while the last ones bring every singular value near 1. A polynomial of the
-    Gram matrix has no steps; the one for AOL's start has fewer products.
+    small, while the last ones bring every singular value near 1. Polynomials of the
+    Gram matrix have no steps; those for AOL's start have fewer products.
     """
     named = isinstance(coefficients, str)
     rows = COEFFICIENTS[coefficients] if named else coefficients
-    if isinstance(rows, GramPolynomial):
+    if isinstance(rows, GramMinimax):
         return GRAM_MINIMAX_AOL if preconditioner == "aol" else rows
     table = tuple((float(a), float(b), float(c)) for a, b, c in rows)
     if named:
@@ -356,13 +295,14 @@ def resolve_hot_dtype(hot_dtype: HotDtype, platform: Platform) -> HotDtype:
 def newton_schulz_flops(
     m: int,
     n: int,
-    table: CoefficientTable | GramPolynomial,
+    table: CoefficientTable | GramMinimax,
     method: Literal["plain", "gram"],
     hot_dtype: HotDtype = "fp32",
 ) -> int:
     """Floating-point operations of all matrix products for one m × n matrix, m ≤ n."""
-    if isinstance(table, GramPolynomial):
-        return 4 * m * m * n + 2 * m**3 * table.products
+    if isinstance(table, GramMinimax):
+        polynomials = (table.whole,) if hot_dtype == "fp32" else table.halves
+        return sum(4 * m * m * n + 2 * m**3 * part.products for part in polynomials)
     if method == "plain":
         return len(table) * (4 * m * m * n + 2 * m**3)
     total = 0
@@ -388,11 +328,11 @@ def gram_segments(
 def cheaper_method(
     m: int,
     n: int,
-    table: CoefficientTable | GramPolynomial,
+    table: CoefficientTable | GramMinimax,
     hot_dtype: HotDtype = "fp32",
 ) -> Literal["plain", "gram"]:
     """The form that needs fewer operations: Gram above n/m of about 1.5."""
-    if isinstance(table, GramPolynomial):
+    if isinstance(table, GramMinimax):
         return "gram"
     gram = newton_schulz_flops(m, n, table, "gram", hot_dtype)
     plain = newton_schulz_flops(m, n, table, "plain")

@@ -29,14 +29,12 @@ from fusionopt_jax._matrices.buckets import (
     map_leaves,
     map_stacks,
 )
-from fusionopt_jax._matrices.gram_polynomial import GramPolynomial
+from fusionopt_jax._matrices.gram_polynomial import GramMinimax
 from fusionopt_jax._matrices.newton_schulz import (
     COEFFICIENTS,
-    HOT_DTYPES,
     METHODS,
     PRECONDITIONERS,
     CoefficientTable,
-    HotDtype,
     Method,
     Preconditioner,
     coefficient_table,
@@ -44,6 +42,7 @@ from fusionopt_jax._matrices.newton_schulz import (
     safety_factor,
 )
 from fusionopt_jax._matrices.norm import frobenius_norm
+from fusionopt_jax._matrices.products import HOT_DTYPES, HotDtype
 from fusionopt_jax._optax import OfStacks, transformation
 from fusionopt_jax._types import Array, Count, Number, Scalar
 from fusionopt_jax.routing import Routing, matrix_views
@@ -104,8 +103,8 @@ def ns5(
         coefficients: `"quintic"` (Muon's; singular values end in about [0.7, 1.2]),
             `"polar_express"` (minimax for each step; nearer to 1), or rows `(a, b, c)`,
             one for each step, the last one repeated. `"gram_minimax"` is no steps but
-            one polynomial of the Gram matrix, nearer to 1 in fewer products: for fp32,
-            on CPUs above all. It has no `steps`, no plain form, and no half precision.
+            one polynomial of the Gram matrix, nearer to 1 in fewer products; in fp16
+            two, one after the other. It has no `steps`, no plain form, and no bf16.
         steps: How many polynomial steps, at least 1; `None` takes 5, or as many as a
             table given as `coefficients` has rows.
         preconditioner: `"frobenius"` divides by the norm; `"aol"` scales rows as well,
@@ -116,8 +115,8 @@ def ns5(
         hot_dtype: Dtype of the iterations. `"fp32"`; `"bf16"` or `"fp16"` for half
             precision with fp32 accumulation; `"fp16_safe"` multiplies in fp16 and
             keeps the iterates in fp32; `"auto"` is fp32 on CPUs, fp16 on GPUs, bf16
-            elsewhere, by the platform that the program is compiled for, and fp32 on all
-            of them for `coefficients="gram_minimax"`.
+            elsewhere, by the platform that the program is compiled for. Where that is
+            bf16, `coefficients="gram_minimax"` takes fp32.
         scale: `None` leaves the singular values near 1. `"aspect"` multiplies by
             :math:`\sqrt{\max(1, \text{out}/\text{in})}`. `"rms"` gives every update a
             root mean square of 0.2, as Adam's has:
@@ -170,7 +169,7 @@ def ns5(
     check_non_negative("eps", eps)
     if isinstance(coefficients, str):
         check_choice("coefficients", coefficients, COEFFICIENTS)
-        if isinstance(COEFFICIENTS[coefficients], GramPolynomial):
+        if isinstance(COEFFICIENTS[coefficients], GramMinimax):
             _check_gram_polynomial(coefficients, given_steps, method, hot_dtype)
     table = _checked_table(coefficients, steps, preconditioner)
 
@@ -268,22 +267,22 @@ def _relative_error(result: Any, exact: Any) -> Array:
 def _check_gram_polynomial(
     coefficients: str, steps: int | None, method: Method, hot_dtype: HotDtype
 ) -> None:
-    """Raises where a setting asks for what one polynomial of the Gram matrix isn't."""
+    """Raises where a setting asks for what polynomials of the Gram matrix haven't."""
     if steps is not None:
         raise ValueError(
-            f"`coefficients={coefficients!r}` is one polynomial and has no steps; "
+            f"`coefficients={coefficients!r}` has polynomials and no steps; "
             f"leave `steps` out. Got steps={steps!r}."
         )
     if method == "plain":
         raise ValueError(
-            f"`coefficients={coefficients!r}` is a polynomial of the Gram matrix and "
-            'has no plain form; use method="auto" or other coefficients.'
+            f"`coefficients={coefficients!r}` has polynomials of the Gram matrix and "
+            'no plain form; use method="auto" or other coefficients.'
         )
-    if hot_dtype not in ("auto", "fp32"):
+    if hot_dtype == "bf16":
         raise ValueError(
-            f"`coefficients={coefficients!r}` needs the Gram matrix in fp32: half "
-            'precision loses its small eigenvalues. Use hot_dtype="fp32", or '
-            f'coefficients="polar_express" with {hot_dtype!r}.'
+            f"`coefficients={coefficients!r}` needs more bits than bf16 has: rounding "
+            "puts singular values where the polynomials have no bound. Use "
+            'hot_dtype="fp16" or "fp32", or coefficients="polar_express".'
         )
 
 
@@ -291,7 +290,7 @@ def _checked_table(
     coefficients: str | Sequence[Sequence[float]],
     steps: int,
     preconditioner: Preconditioner,
-) -> CoefficientTable | GramPolynomial:
+) -> CoefficientTable | GramMinimax:
     """The coefficients of each step, or an error that shows the form."""
     try:
         table = coefficient_table(coefficients, steps, preconditioner=preconditioner)

@@ -17,15 +17,15 @@ from fusionopt_jax._matrices.gram_polynomial import (
     evaluate_apart,
 )
 
-BOUND = 0.15
-"""What the derivation allows."""
+BOUND, BOUND_ROUNDED = 0.15, 0.2
+"""What the derivation allows, and for what rounding moves."""
 
 TABLES = {"frobenius": GRAM_MINIMAX, "aol": GRAM_MINIMAX_AOL}
 LOWEST = {"frobenius": 1e-3, "aol": 5e-3}
 
 # The singular values of X that rounding may leave above 1, and of what the first
 # polynomial makes of it.
-BEYOND = (1.01, 1.08)
+BEYOND = (1.01, 1.15)
 
 HALF = ("fp16", pytest.param("fp16_safe", marks=pytest.mark.exhaustive))
 
@@ -92,7 +92,7 @@ def test_every_singular_value_ends_near_one(start):
     between = on_values(first, spread(low, BEYOND[0])).min()
     assert 0 < between < 0.1
     moved = spread(between, BEYOND[1])
-    assert np.max(np.abs(on_values(second, moved) - 1)) <= BOUND
+    assert np.max(np.abs(on_values(second, moved) - 1)) <= BOUND_ROUNDED
 
 
 @pytest.mark.parametrize("start", TABLES)
@@ -183,8 +183,16 @@ def test_large_rows_stay_bounded(hot_dtype):
         rows[: rng.integers(1, 5)] = rng.uniform(0.05, 1)
         G = np.eye(12, 24) if i % 2 else rng.normal(size=(12, 24)) / 5
         made.append(G * rows[:, None])
+    largest = lambda stack: np.linalg.norm(stack, 2, axis=(-2, -1)).max()  # noqa: E731
     found = orthogonalised(np.stack(made), hot_dtype=hot_dtype)
-    assert np.linalg.norm(found, 2, axis=(-2, -1)).max() < 1 + 1.5 * BOUND
+    assert largest(found) < 1 + 1.5 * BOUND
+    # Beyond what the second polynomial covers it has no bound: half of that is kept.
+    first = GRAM_MINIMAX._replace(halves=GRAM_MINIMAX.halves[:1])
+    call = jax.jit(
+        lambda G: newton_schulz.newton_schulz(G, first, eps=0, hot_dtype=hot_dtype)
+    )
+    between = np.asarray(call(jnp.asarray(np.stack(made), jnp.float32)), np.float64)
+    assert largest(between) < 1 + (BEYOND[1] - 1) / 2
 
 
 @pytest.mark.parametrize(("platform", "dtype"), [("gpu", "fp16"), ("other", "fp32")])

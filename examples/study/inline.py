@@ -7,7 +7,7 @@ module, called by the first word with the others, makes of the files of the runs
 import re
 from collections.abc import Callable, Mapping
 
-from study import summary
+from study import summary, times
 from study.cells import NOT_RUN, range_text, share_text, text
 from study.summary import Row
 from study.table import ADAMW, BASE
@@ -17,15 +17,18 @@ Rows = Mapping[tuple[str, str], Row]
 MARKS = re.compile(r"<!-- = ([^>]*?) -->.*?<!-- / -->", re.DOTALL)
 
 
-def filled(page: str, rows: Rows) -> str:
+def filled(page: str, rows: Rows, seconds: times.Seconds) -> str:
     """The page with every figure between marks made anew."""
     if found := re.search(r"^ *<!-- = .*", page, re.MULTILINE):
         raise ValueError(f"Markdown ends a paragraph where a line has {found[0]!r}")
 
     def figure(found: re.Match[str]) -> str:
         name, *arguments = found[1].split()
+        if name == "cost":
+            return f"<!-- = {found[1]} -->{cost(seconds, *arguments)}<!-- / -->"
         if name not in FIGURES:
-            raise ValueError(f"no figure {name!r} is known; there are {list(FIGURES)}")
+            known = ["cost", *FIGURES]
+            raise ValueError(f"no figure {name!r} is known; there are {known}")
         return f"<!-- = {found[1]} -->{FIGURES[name](rows, *arguments)}<!-- / -->"
 
     return MARKS.sub(figure, page)
@@ -47,10 +50,12 @@ def share(rows: Rows, workload: str, method: str) -> str:
     return share_text(summary.shares(rows[workload, method], rows)) or NOT_RUN
 
 
-def cost(rows: Rows, workload: str, method: str, other: str = "adamw") -> str:
+def cost(
+    seconds: times.Seconds, workload: str, method: str, other: str = "adamw"
+) -> str:
     """How many times another row's processor time a training step takes."""
-    found = summary.cost(rows[workload, method], rows[workload, other])
-    return NOT_RUN if found is None else f"{found:.2f}"
+    found = times.ratio(seconds, workload, method, other)
+    return NOT_RUN if found is None else f"{found.middle:.2f}"
 
 
 def gain(rows: Rows, workload: str, method: str, full: str) -> str:
@@ -81,5 +86,5 @@ def judged(rows: Rows, workload: str, method: str, name: str) -> str:
 
 FIGURES: Mapping[str, Callable[..., str]] = {
     function.__name__: function
-    for function in (less, final, share, cost, gain, factors, judged)
+    for function in (less, final, share, gain, factors, judged)
 }

@@ -75,7 +75,7 @@ def filled(
     blocks["common rate"] = lambda: common_rates(finished)
     for part in PARTS:
         blocks[f"losses {part}"] = lambda part=part: losses(part, rows)
-        blocks[f"details {part}"] = lambda part=part: details(part, rows)
+        blocks[f"details {part}"] = lambda part=part: details(part, rows, seconds)
 
     def block(found: re.Match[str]) -> str:
         name = found[1]
@@ -84,7 +84,7 @@ def filled(
         return f"<!-- study: {name} -->\n\n{blocks[name]()}\n\n<!-- end -->"
 
     marks = re.compile(r"<!-- study: ([^>]*?) -->\n.*?<!-- end -->", re.DOTALL)
-    return inline.filled(marks.sub(block, page), rows)
+    return inline.filled(marks.sub(block, page), rows, seconds)
 
 
 def state(finished: Mapping[Job, Record], rows: Rows) -> str:
@@ -115,11 +115,10 @@ def columns_of(part: str) -> list[str]:
     return list(dict.fromkeys(name for found in places for name in found))
 
 
-def beside(rows: Rows, row: Row, kind: str) -> Row | None:
-    """The row that another of its part is compared with: AdamW's, or SF-NorMuon's."""
-    own = f"{kind}_{METHODS[row.method].part}"
-    usual = BASE if kind == "sf_normuon" else kind
-    return rows.get((row.workload, own)) or rows.get((row.workload, usual))
+def beside(rows: Rows, row: Row) -> Row | None:
+    """SF-NorMuon's row of the same part, or the one that most are compared with."""
+    own = f"sf_normuon_{METHODS[row.method].part}"
+    return rows.get((row.workload, own)) or rows.get((row.workload, BASE))
 
 
 def losses(part: str, rows: Rows) -> str:
@@ -142,7 +141,7 @@ def losses(part: str, rows: Rows) -> str:
     return "\n".join(lines)
 
 
-def details(part: str, rows: Rows) -> str:
+def details(part: str, rows: Rows, seconds: times.Seconds = EMPTY) -> str:
     """All else that is known of the rows that have been run."""
     columns = (
         *("", "workload", "share of AdamW's steps", "of its time", "less SF-NorMuon"),
@@ -157,18 +156,17 @@ def details(part: str, rows: Rows) -> str:
             if row is None or not row.runs or row.tuned is None:
                 continue
             some = next(iter(row.runs.values()))
-            reference = beside(rows, row, "sf_normuon")
+            reference = beside(rows, row)
             same = reference is None or row == reference
-            adamw = beside(rows, row, "adamw")
-            cost = None if adamw is None else summary.cost(row, adamw)
+            cost = times.ratio(seconds, name, method.name)
             shares = summary.shares(row, rows)
             cells = (
                 method.title,
                 plots.title(name),
                 share_text(shares),
-                "" if cost is None or not shares else time_text(shares, cost),
+                "" if cost is None or not shares else time_text(shares, cost.middle),
                 "" if same else text(summary.difference(row, reference), sign="+"),
-                "" if cost is None else f"{cost:.2f}×",
+                "" if cost is None else f"{cost.middle:.2f}×",
                 f"{some.state_bytes / some.param_bytes:.2f}",
                 text(summary.figure(row, "frechet_distance"), missing=""),
                 f"{row.tuned.rate:g}",

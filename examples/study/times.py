@@ -18,9 +18,18 @@ from dit_training.folders import write_whole
 
 from study import training, workloads
 from study.records import Job
-from study.table import METHODS, RECIPE
+from study.table import BASE, METHODS, RECIPE
 
-TIMED = ("adamw", "normuon", RECIPE, "muon", "sf_adamw", "full")
+TIMED = ("adamw", "normuon", RECIPE, "muon", "sf_adamw")
+"""What is timed on every workload."""
+
+TIMED_ON_LM = (
+    *(*TIMED, BASE, "plus", "autoscale", "d_adaptation"),
+    *(name for name, method in METHODS.items() if method.part == "components"),
+    *("hot_bf16", "hot_fp16", "state_bf16", "state_int8"),
+)
+"""And there the rows whose step is a program of its own."""
+
 NAME = "times.json"
 
 Seconds = Mapping[str, Mapping[str, Sequence[float]]]
@@ -43,7 +52,7 @@ class Ratio(NamedTuple):
 
 def measure(
     names: Sequence[str],
-    methods: Sequence[str] = TIMED,
+    only: Sequence[str] = (),
     *,
     rounds: int = 9,
     steps: int = 20,
@@ -52,6 +61,7 @@ def measure(
     """Processor seconds of a step on each workload; what compiles is not counted."""
     found: dict[str, dict[str, list[float]]] = {}
     for name in names:
+        methods = only or (TIMED_ON_LM if name == "lm" else TIMED)
         turns = {method: _turn(name, method, steps) for method in methods}
         for turn in turns.values():
             turn()

@@ -662,13 +662,14 @@ def test_an_error_has_two_figures(value, text):
 
 def test_the_page_is_filled_from_the_files(finished, tmp_path):
     page = (DOCS / "results.md").read_text()
-    filled = report.filled(page, finished)
+    seconds = {"lm": {"adamw": [1.0, 1.5], "sf_normuon": [2.0, 3.0]}}
+    filled = report.filled(page, finished, seconds)
     assert "| AdamW, cosine | 2.300 ± 0.071 (5) | not run yet |" in filled
     # Three quarters of the steps, each of which takes twice the time.
     assert "| SF-NorMuon, no rule | bytes | 0.75 (0.75 to 0.75) | 1.50 |" in filled
     assert "`--only full`" in filled
     # Filling it again changes nothing, and no block is left empty.
-    assert report.filled(filled, finished) == filled
+    assert report.filled(filled, finished, seconds) == filled
     assert "-->\n<!-- end" not in filled
     with pytest.raises(ValueError, match="no block 'loses'"):
         report.filled("<!-- study: loses -->\n<!-- end -->", {})
@@ -689,21 +690,25 @@ def test_figures_in_a_sentence(finished):
     page = "by <!-- = less lm sf_normuon -->?<!-- / --> and <!-- = final lm full -->?"
     expected = "by <!-- = less lm sf_normuon -->+0.4000 ± 0.0000 (3)<!-- / --> and "
     expected += "<!-- = final lm full -->1.2000 ± 0.0000 (3)<!-- / -->"
-    assert inline.filled(page + "<!-- / -->", rows) == expected
-    assert inline.filled(expected, rows) == expected
-    # SF-NorMuon took twice AdamW's time, and three quarters of its steps.
-    assert inline.cost(rows, "lm", "sf_normuon") == "2.00"
+    assert inline.filled(page + "<!-- / -->", rows, {}) == expected
+    assert inline.filled(expected, rows, {}) == expected
+    # SF-NorMuon takes twice AdamW's time, and three quarters of its steps.
+    seconds = {"lm": {"adamw": [1.0, 1.5], "sf_normuon": [2.0, 3.0]}}
+    assert inline.cost(seconds, "lm", "sf_normuon") == "2.00"
+    assert inline.cost(seconds, "vit", "sf_normuon") == "not run yet"
+    cost = "of <!-- = cost lm sf_normuon -->2.00<!-- / -->"
+    assert inline.filled(cost.replace("2.00", ""), rows, seconds) == cost
     assert inline.share(rows, "lm", "sf_normuon") == "0.75 (0.75 to 0.75)"
     # AdamW ends at 2.3 over five seeds: from there to 1.7 of the way to 1.2.
     assert inline.gain(rows, "lm", BASE, "full") == "55 %"
     assert inline.judged(rows, "lm", "sf_normuon", "frechet_distance").startswith("2.0")
     assert inline.factors(rows, "lm", "sf_normuon") == "1.0 to 1.0"
-    for figure in ("less", "final", "share", "cost"):
+    for figure in ("less", "final", "share"):
         assert inline.FIGURES[figure](rows, "vit", "adamw") == "not run yet"
     with pytest.raises(ValueError, match="no figure 'lesser'"):
-        inline.filled("by <!-- = lesser --><!-- / -->", rows)
+        inline.filled("by <!-- = lesser --><!-- / -->", rows, {})
     with pytest.raises(ValueError, match="ends a paragraph"):
-        inline.filled("by\n<!-- = less lm full --><!-- / -->", rows)
+        inline.filled("by\n<!-- = less lm full --><!-- / -->", rows, {})
 
 
 def test_the_recipe_beside_the_better_adamw(finished):

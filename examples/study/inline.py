@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from study import summary, times
 from study.cells import NOT_RUN, range_text, share_text, text
 from study.summary import Row
-from study.table import ADAMW, BASE
+from study.table import ADAMW, BASE, METHODS
 
 Rows = Mapping[tuple[str, str], Row]
 
@@ -63,7 +63,7 @@ def gain(rows: Rows, workload: str, method: str, full: str) -> str:
     theirs = [
         found.mean
         for name in ADAMW
-        if (workload, name) in rows
+        if METHODS[name].part == "baselines" and (workload, name) in rows
         if (found := summary.final(rows[workload, name]))
     ]
     own, most = (summary.final(rows[workload, name]) for name in (method, full))

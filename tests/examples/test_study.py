@@ -686,6 +686,9 @@ def test_the_page_is_what_its_files_say(name):
 def test_figures_in_a_sentence(finished):
     runs = finish(BASE, 800, lambda job: 1.5 + 0.1 * job.seed, finished)
     runs = finish("full", 800, lambda job: 1.2, runs)
+    # AdamW's longer runs are none that others of the usual length gain over.
+    runs = finish("adamw_rest", 800, lambda job: 2.4, runs)
+    runs = finish("adamw_rest_x3", 800, lambda job: 1.3, runs)
     rows = summary.collect(runs)
     page = "by <!-- = less lm sf_normuon -->?<!-- / --> and <!-- = final lm full -->?"
     expected = "by <!-- = less lm sf_normuon -->+0.4000 ± 0.0000 (3)<!-- / --> and "

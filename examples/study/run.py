@@ -97,7 +97,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--times",
         action="store_true",
-        help="measure what a step takes, by headline rows in turns, and run nothing",
+        help="measure what a step takes, rows taking turns, and run nothing else",
     )
     given = parser.parse_args(arguments)
     if given.processes < 1:

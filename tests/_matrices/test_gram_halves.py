@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
 
 from fusionopt_jax._matrices import newton_schulz
 from fusionopt_jax._matrices.gram_polynomial import (
@@ -16,6 +15,7 @@ from fusionopt_jax._matrices.gram_polynomial import (
     evaluate,
     evaluate_apart,
 )
+from tests._jaxpr import flops_of_dots
 
 BOUND, BOUND_ROUNDED = 0.15, 0.2
 """What the derivation allows, and for what rounding moves."""
@@ -230,19 +230,6 @@ def test_scaled_rows_are_orthogonalised(hot_dtype, shape):
     assert distance(found, expected) < 0.015
 
 
-def flops_of(jaxpr):
-    """Two operations for each term of every matrix product of a program."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            inner = int(np.prod([left[axis] for axis in contracted]))
-            total += 2 * inner * int(np.prod(equation.outvars[0].aval.shape))
-        total += sum(flops_of(inside) for inside in jaxprs_in_params(equation.params))
-    return total
-
-
 @pytest.mark.parametrize(("start", "count"), [("frobenius", 9), ("aol", 7)])
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8), (8, 8)])
 def test_it_takes_fewer_products_than_polar_express(start, count, shape):
@@ -254,7 +241,7 @@ def test_it_takes_fewer_products_than_polar_express(start, count, shape):
     )
     n = max(shape)
     expected = 2 * 4 * 8 * 8 * n + count * 2 * 8**3
-    assert flops_of(program(jnp.ones(shape)).jaxpr) == expected
+    assert flops_of_dots(program(jnp.ones(shape)).jaxpr) == expected
     found = newton_schulz.newton_schulz_flops(8, n, table, "gram", "fp16")
     assert found == expected
     steps = newton_schulz.coefficient_table("polar_express", 5 - (start == "aol"))

@@ -10,6 +10,7 @@ import pytest
 
 from fusionopt_jax._matrices import newton_schulz
 from tests import _compare
+from tests._jaxpr import flops_of_dots
 
 SHAPES = [(8, 8), (8, 12), (8, 40), (1, 8)]
 
@@ -252,22 +253,6 @@ def test_the_norm_is_safe_in_every_range():
         norm = np.asarray(newton_schulz.frobenius_norm(G), np.float64)
         expected = float(G[0, 0, 0]) * np.sqrt(600)
         np.testing.assert_allclose(norm, expected, rtol=1e-5)
-
-
-def flops_of_dots(jaxpr):
-    """Two times the products of every matrix product that a program runs."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contract, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            inner = int(np.prod([left[axis] for axis in contract]))
-            total += 2 * int(np.prod(equation.outvars[0].aval.shape)) * inner
-        for value in equation.params.values():
-            inside = getattr(value, "jaxpr", None)
-            if inside is not None:
-                total += equation.params.get("length", 1) * flops_of_dots(inside)
-    return total
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (4, 6), (4, 32)])
